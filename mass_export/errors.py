@@ -1,0 +1,82 @@
+"""The exceptions of the builder: one base, leaves by what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class MassExportError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class RecipeError(MassExportError, ValueError):
+    """The recipe (or another setting) is invalid."""
+
+
+class ModelConfigError(MassExportError, ValueError):
+    """The model configuration is unknown, malformed or not a supported ViT."""
+
+
+class CheckpointError(MassExportError):
+    """A checkpoint cannot be read or does not belong to the model."""
+
+
+class CheckpointFormatError(CheckpointError, ValueError):
+    """The file is not in a format that is read, or is damaged."""
+
+
+class CheckpointKeyError(CheckpointError, KeyError):
+    """Tensors are missing or unexpected; all of them are named at once."""
+
+    def __init__(self, where: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+        missing, unexpected = sorted(missing), sorted(unexpected)
+        parts = [f"{len(names)} {kind} ({_shorten(names)})" for kind, names in
+                 (("missing", missing), ("unexpected", unexpected)) if names]
+        super().__init__(
+            f"{where}: the tensors do not fit the model config: {'; '.join(parts)}. "
+            "Check that the checkpoint and the model config are of the same architecture."
+        )
+
+    def __str__(self) -> str:
+        """KeyError would show the repr."""
+        return str(self.args[0])
+
+
+class CheckpointShapeError(CheckpointError, ValueError):
+    """A tensor has another shape than the model config says."""
+
+    def __init__(self, where: str, mismatches: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> None:
+        rows = [f"{name}: expected {list(expected)}, got {list(got)}" for name, expected, got in mismatches]
+        super().__init__(
+            f"{where}: {len(rows)} tensors of the wrong shape ({_shorten(rows)}). "
+            "Check that the checkpoint and the model config are of the same architecture."
+        )
+
+
+class CheckpointValueError(CheckpointError, ValueError):
+    """A tensor holds NaN or infinite values, or is not floating point."""
+
+
+class HeadError(MassExportError, ValueError):
+    """A head does not fit its classes or the model's embedding."""
+
+
+class ArtifactError(MassExportError, ValueError):
+    """The merged artifact is damaged or of another schema version."""
+
+
+class ExportError(MassExportError, RuntimeError):
+    """The bundle could not be written."""
+
+
+class VerificationError(MassExportError, AssertionError):
+    """The exported graphs do not reproduce the eager model."""
+
+
+class DataError(MassExportError, ValueError):
+    """Evaluation images or labels cannot be read or do not fit the tasks."""
+
+
+def _shorten(names: list[str], limit: int = 8) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
