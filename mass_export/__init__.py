@@ -1,8 +1,1 @@
-"""Merge fine-tuned CLIP vision models into one multitask classifier (MASS) and export it to ONNX and TensorRT."""
-
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    __version__ = version("mass-export")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
+"""Build MASS artifacts and bundles from fine-tuned CLIP vision towers."""
