@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
+import math
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
@@ -26,14 +26,18 @@ from runtime.errors import BundleError
 FORMAT = "mass-bundle"
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-FIRST_PASS = "first_pass"
-SECOND_PASS = "second_pass"
+FIRST_PASS = "first_pass"  # noqa: S105 (a pass of the model, no password)
+SECOND_PASS = "second_pass"  # noqa: S105
 MAX_MANIFEST_BYTES = 64 << 20
+_MAX_FLOAT = 1e300
 
 GateMode = Literal["topk", "top1", "weighted"]
 HeadChoice = Literal["max", "mean"]
 Compose = Literal["tsvm", "sum"]
+SumWeights = Literal["uniform", "gates"]
 Verify = Literal["size", "full"]
+
+STORED_DTYPES = ("float16", "float32", "float64")
 
 _T = TypeVar("_T")
 
@@ -49,7 +53,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class PassSpec:
-    """One of the two graphs."""
+    """One of the two graphs; all dimensions but T, K*R and sum C are dynamic.
+
+    first pass: `pixel_values [B, 3, H, W] float32` -> `residuals [B, T] float32`.
+
+    second pass, for samples whose sets have the same size K -> `logits [B, sum C] float32`, every head:
+        pixel_values: [B, 3, H, W] float32
+        slots: task indices of each set, ascending. [S, K] int64, S is B or 1 (one set for the whole batch)
+        weights: of each slot's task, sum to 1. [S, K] float32
+        cores: with `compose` tsvm, one input per matrix, named `MatrixBases.core`. [S, K*R, K*R] float32
+    """
 
     file: str
     inputs: tuple[TensorSpec, ...]
@@ -58,7 +71,7 @@ class PassSpec:
 
 @dataclass(frozen=True)
 class StoredArray:
-    """A raw little-endian C-order array inside a bundle file; `offset` in bytes."""
+    """A raw little-endian C-order array inside a bundle file; `offset` in bytes, dtype of `STORED_DTYPES`."""
 
     file: str
     offset: int
@@ -68,7 +81,7 @@ class StoredArray:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
+        return int(np.dtype(self.dtype).itemsize) * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -104,13 +117,27 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """How residuals become gates and sets (MASS.md section 3). All but the first five are descriptive."""
+    """How residuals become gates, sets and answers; `layer` to `norm` only describe the first pass.
+
+    Attributes:
+        mode: of the gates, see `runtime.routing.gates_from_residuals`.
+        threshold: a task is kept when its gate is greater, in [0, 1).
+        temperature: divides the (standardised) residuals before the softmax, > 0.
+        max_tasks: cap of `topk`, >= 1.
+        head_choice: how the heads of a set compete: by their largest or their mean logit.
+        sum_weights: the second pass' `weights`: 1/K each, or with `compose` sum the set's gates, renormalised.
+        layer: transformer block that is read, counted from 0.
+        site: `mlp` or `attn`, the branch of the block that is read.
+        token: `cls` or `mean`.
+        norm: of the residual: `l2`, `l1` or `mahalanobis`.
+    """
 
     mode: GateMode
     threshold: float
     temperature: float
     max_tasks: int
     head_choice: HeadChoice
+    sum_weights: SumWeights = field(default="uniform", kw_only=True)
     layer: int
     site: str
     token: str
@@ -175,68 +202,144 @@ def manifest_from_json(text: str, where: str = MANIFEST_FILE) -> Manifest:
     if version != SCHEMA_VERSION:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         advice = "install a newer mass-export" if newer else "export the bundle again with this version"
-        raise BundleError(f"{where}: schema version {version!r}, this runtime reads {SCHEMA_VERSION}; {advice}.")
-    manifest = _typed(Manifest, data, where)
+        raise BundleError(
+            f"{where}: schema version {version!r}, this runtime reads {SCHEMA_VERSION}; {advice}."
+        )
+    manifest = _typed_dataclass(Manifest, data, where)
     _check_consistency(manifest, where)
     return manifest
 
 
+def router_fault(router: RouterSpec) -> str | None:
+    """Say what is wrong with the settings' values; None if nothing is."""
+    if not 0 <= router.threshold < 1:
+        return f"threshold must lie in [0, 1), got {router.threshold}"
+    if not (router.temperature > 0 and math.isfinite(router.temperature)):
+        return f"temperature must be finite and > 0, got {router.temperature}"
+    if router.max_tasks < 1:
+        return f"max_tasks must be >= 1, got {router.max_tasks}"
+    return None
+
+
 def _check_consistency(manifest: Manifest, where: str) -> None:
-    start = 0
-    for task in manifest.tasks:
-        if task.start != start or task.stop - task.start != len(task.classes) or not task.classes:
-            raise BundleError(f"{where}: task {task.name!r}: head range {task.start}..{task.stop} does not fit.")
-        start = task.stop
-    names = [task.name for task in manifest.tasks]
+    _check_tasks(manifest.tasks, where)
+    if fault := router_fault(manifest.router):
+        raise BundleError(f"{where}: router: {fault}.")
+    spec = manifest.preprocess
+    if min(spec.image_size) < 1 or not all(map(math.isfinite, spec.mean + spec.std)) or min(spec.std) <= 0:
+        raise BundleError(f"{where}: preprocess: image_size and std must be positive, mean and std finite.")
+    if set(manifest.passes) != {FIRST_PASS, SECOND_PASS}:
+        raise BundleError(
+            f"{where}: passes must be {FIRST_PASS} and {SECOND_PASS}, got {sorted(manifest.passes)}."
+        )
+    _check_file_names(manifest, where)
+    for matrix in manifest.matrices:
+        _check_matrix(matrix, manifest, where)
+
+
+def _check_tasks(tasks: tuple[TaskSpec, ...], where: str) -> None:
+    names = [task.name for task in tasks]
     if not names or len(set(names)) != len(names):
         raise BundleError(f"{where}: task names must be given and distinct, got {names}.")
-    if set(manifest.passes) != {FIRST_PASS, SECOND_PASS}:
-        raise BundleError(f"{where}: passes must be {FIRST_PASS} and {SECOND_PASS}, got {sorted(manifest.passes)}.")
-    used = {spec.file for spec in manifest.passes.values()}
+    start = 0
+    for task in tasks:
+        if task.start != start or task.stop - task.start != len(task.classes) or not task.classes:
+            raise BundleError(
+                f"{where}: task {task.name!r}: head range {task.start}..{task.stop} does not fit: it has "
+                f"{len(task.classes)} classes and starts at {start}."
+            )
+        start = task.stop
+
+
+def _check_file_names(manifest: Manifest, where: str) -> None:
     arrays = [array for matrix in manifest.matrices for array in (matrix.u_t, matrix.s, matrix.vh)]
-    used |= {array.file for array in arrays}
+    used = {spec.file for spec in manifest.passes.values()} | {array.file for array in arrays}
     for name in sorted(used | set(manifest.files)):
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or pure.name != name:
-            raise BundleError(f"{where}: unsafe file name {name!r}; bundle files lie in the bundle directory.")
+        plain = PurePosixPath(name).name == name and name.isprintable()
+        if not plain or name in ("", "..", MANIFEST_FILE) or any(mark in name for mark in "\\:"):
+            raise BundleError(
+                f"{where}: unsafe file name {name!r}; bundle files lie in the bundle directory."
+            )
         if name not in manifest.files:
             raise BundleError(f"{where}: file {name!r} is used but not listed under files.")
-    for array in arrays:
-        end = array.offset + array.nbytes
-        if array.offset < 0 or end > manifest.files[array.file].bytes:
-            raise BundleError(f"{where}: an array ends at byte {end} of {array.file!r}, beyond its size.")
+
+
+def _check_matrix(matrix: MatrixBases, manifest: Manifest, where: str) -> None:
+    arrays = {"u_t": matrix.u_t, "s": matrix.s, "vh": matrix.vh}
+    for key, array in arrays.items():
+        here = f"{where}: matrix {matrix.name!r}: {key}"
+        if array.dtype not in STORED_DTYPES:
+            raise BundleError(
+                f"{here}: dtype must be one of {', '.join(STORED_DTYPES)}, got {array.dtype!r}."
+            )
+        if len(array.shape) != (2 if key == "s" else 3) or min(array.shape) < 0:
+            raise BundleError(f"{here}: shape {list(array.shape)} is not that of stacked bases.")
+        size, end = manifest.files[array.file].bytes, array.offset + array.nbytes
+        if array.offset < 0 or end > size:
+            raise BundleError(
+                f"{here}: lies at bytes {array.offset}..{end} of {array.file!r}, which has {size}."
+            )
+    tasks = len(manifest.tasks)
+    leading = {array.shape[:2] for array in arrays.values()}
+    if (
+        len(leading) > 1
+        or len(matrix.ranks) != tasks
+        or not all(0 <= rank <= matrix.s.shape[1] for rank in matrix.ranks)
+        or matrix.s.shape[0] != tasks
+    ):
+        shapes = [list(array.shape) for array in arrays.values()]
+        raise BundleError(
+            f"{where}: matrix {matrix.name!r}: ranks {list(matrix.ranks)} and shapes {shapes} do not fit "
+            f"{tasks} tasks."
+        )
 
 
 def _typed(kind: Any, value: Any, where: str) -> Any:
     """Build `kind` from parsed JSON; every mismatch names its place."""
-    if dataclasses.is_dataclass(kind):
-        return _typed_dataclass(kind, value, where)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        made: Any = _typed_dataclass(kind, value, where)
+    elif origin is not None:
+        made = _typed_generic(kind, origin, value, where)
+    elif kind is float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _MAX_FLOAT:
+            raise BundleError(f"{where}: expected a number, got {_shortened(value)}.")
+        made = float(value)
+    else:
+        if kind is not Any and (
+            not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+        ):
+            raise BundleError(f"{where}: expected {kind.__name__}, got {_shortened(value)}.")
+        made = value
+    return made
+
+
+def _typed_generic(kind: Any, origin: Any, value: Any, where: str) -> Any:
+    args = typing.get_args(kind)
     if origin is Literal:
         if value not in args:
-            raise BundleError(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}.")
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if not isinstance(value, args) or isinstance(value, bool):
-            raise BundleError(f"{where}: expected {kind}, got {value!r}.")
+            raise BundleError(
+                f"{where}: expected one of {', '.join(map(str, args))}, got {_shortened(value)}."
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
-            raise BundleError(f"{where}: expected a list for {kind}, got {value!r}.")
+            raise BundleError(f"{where}: expected a list for {kind}, got {_shortened(value)}.")
         item_kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
         pairs = zip(item_kinds, value, strict=True)
         return tuple(_typed(item_kind, item, f"{where}[{i}]") for i, (item_kind, item) in enumerate(pairs))
     if origin is dict:
         if not isinstance(value, dict):
-            raise BundleError(f"{where}: expected an object, got {value!r}.")
+            raise BundleError(f"{where}: expected an object, got {_shortened(value)}.")
         return {str(key): _typed(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is Any:
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise BundleError(f"{where}: expected {kind.__name__}, got {value!r}.")
+    if not isinstance(value, args) or isinstance(value, bool):  # a union of plain types
+        raise BundleError(f"{where}: expected {kind}, got {_shortened(value)}.")
     return value
+
+
+def _shortened(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _typed_dataclass(kind: type[_T], value: Any, where: str) -> _T:
@@ -267,7 +370,9 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_FILE
     if not directory.is_dir() or not path.is_file():
-        raise BundleError(f"{directory}: not a bundle (no {MANIFEST_FILE}); give the directory that mass-export wrote.")
+        raise BundleError(
+            f"{directory}: not a bundle (no {MANIFEST_FILE}); give the directory that mass-export wrote."
+        )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; not a manifest.")
     try:
@@ -297,6 +402,18 @@ def check_files(directory: Path, files: Mapping[str, FileSpec], verify: Verify =
 
 
 def map_array(directory: Path, array: StoredArray) -> NDArray[Any]:
-    """Memory-map a stored array, read-only."""
+    """Memory-map a stored array, read-only.
+
+    Raises:
+        BundleError: the file cannot be read, or ends before the array does.
+    """
     path = directory / array.file
-    return np.memmap(path, dtype=np.dtype(array.dtype), mode="r", offset=array.offset, shape=array.shape)
+    dtype = np.dtype(array.dtype).newbyteorder("<")
+    if not array.nbytes:  # nothing can be mapped
+        return np.zeros(array.shape, dtype)
+    try:
+        return np.memmap(path, dtype=dtype, mode="r", offset=array.offset, shape=array.shape)
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"{path}: cannot map an array ({error}). Copy or export the bundle again."
+        ) from error

@@ -1,0 +1,1 @@
+"""Run mass-export bundles: numpy, Pillow and ONNX Runtime, no torch."""
