@@ -30,8 +30,8 @@ class CheckpointKeyError(CheckpointError, KeyError):
 
     def __init__(self, where: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
         missing, unexpected = sorted(missing), sorted(unexpected)
-        parts = [f"{len(names)} {kind} ({_shorten(names)})" for kind, names in
-                 (("missing", missing), ("unexpected", unexpected)) if names]
+        kinds = {"missing": missing, "unexpected": unexpected}
+        parts = [f"{len(names)} {kind} ({_shorten(names)})" for kind, names in kinds.items() if names]
         super().__init__(
             f"{where}: the tensors do not fit the model config: {'; '.join(parts)}. "
             "Check that the checkpoint and the model config are of the same architecture."
@@ -45,10 +45,12 @@ class CheckpointKeyError(CheckpointError, KeyError):
 class CheckpointShapeError(CheckpointError, ValueError):
     """A tensor has another shape than the model config says."""
 
-    def __init__(self, where: str, mismatches: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> None:
+    def __init__(
+        self, where: str, mismatches: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    ) -> None:
         rows = [f"{name}: expected {list(expected)}, got {list(got)}" for name, expected, got in mismatches]
         super().__init__(
-            f"{where}: {len(rows)} tensors of the wrong shape ({_shorten(rows)}). "
+            f"{where}: {len(rows)} tensor(s) of the wrong shape ({_shorten(rows)}). "
             "Check that the checkpoint and the model config are of the same architecture."
         )
 
