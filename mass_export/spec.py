@@ -6,14 +6,14 @@ refuses unknown keys by name.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
-from mass_export.errors import ModelConfigError, RecipeError
+from mass_export.checks import FromMapping, is_int, is_real, require, require_at_least, require_choice
+from mass_export.errors import ModelConfigError
 from runtime.bundle import Compose, GateMode, HeadChoice, PreprocessSpec
 
 BaseMerge = Literal["tsvm", "isotropic", "mean", "zeroshot"]
@@ -25,57 +25,10 @@ SumWeights = Literal["uniform", "gates"]
 Activation = Literal["gelu", "quick_gelu"]
 
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def require(condition: bool, message: str) -> None:  # noqa: FBT001
-    """Raise RecipeError with `message` unless `condition`."""
-    if not condition:
-        raise RecipeError(message)
-
-
-def require_choice(name: str, value: object, literal: Any) -> None:
-    """Raise RecipeError unless `value` is one of the Literal's values."""
-    choices = get_args(literal)
-    require(value in choices, f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}.")
-
-
-def is_int(value: object) -> bool:
-    """True for integers proper, not for booleans."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_real(value: object) -> bool:
-    """True for finite int or float, not for booleans."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-class _FromMapping:
-    """Build a frozen dataclass from a parsed mapping, refusing unknown keys."""
-
-    @classmethod
-    def from_mapping(cls, data: object, where: str) -> Self:
-        """Make the settings from parsed YAML or JSON; `where` is named in errors.
-
-        Raises:
-            RecipeError: not a mapping, an unknown key, or an invalid value.
-        """
-        require(isinstance(data, Mapping), f"{where}: expected a mapping, got {data!r}.")
-        assert isinstance(data, Mapping)
-        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        unknown = sorted(str(key) for key in data if key not in known)
-        require(not unknown, f"{where}: unknown keys {', '.join(unknown)}; known are {', '.join(known)}.")
-        try:
-            return cls(**data)
-        except RecipeError as error:
-            raise RecipeError(f"{where}: {error}") from error
-        except TypeError as error:
-            raise RecipeError(f"{where}: {error}.") from error
 
 
 @dataclass(frozen=True)
-class RouterSettings(_FromMapping):
+class RouterSettings(FromMapping):
     """The projection router (MASS.md section 3; arXiv 2504.05342, section 4.2).
 
     Attributes:
@@ -94,7 +47,7 @@ class RouterSettings(_FromMapping):
 
     layer: int | None = None
     site: Site = "mlp"
-    token: Token = "cls"
+    token: Token = "cls"  # noqa: S105
     norm: Norm = "l2"
     mode: GateMode = "topk"
     threshold: float = 0.2
@@ -103,15 +56,21 @@ class RouterSettings(_FromMapping):
     rank: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.layer is None or (is_int(self.layer) and self.layer >= 0), f"router.layer: expected a block number >= 0, got {self.layer!r}.")
+        require_at_least("router.layer", self.layer, 0, optional=True)
         require_choice("router.site", self.site, Site)
         require_choice("router.token", self.token, Token)
         require_choice("router.norm", self.norm, Norm)
         require_choice("router.mode", self.mode, GateMode)
-        require(is_real(self.threshold) and 0 <= self.threshold < 1, f"router.threshold: expected a number in [0, 1), got {self.threshold!r}.")
-        require(is_real(self.temperature) and self.temperature > 0, f"router.temperature: expected a number > 0, got {self.temperature!r}.")
-        require(is_int(self.max_tasks) and self.max_tasks >= 1, f"router.max_tasks: expected an integer >= 1, got {self.max_tasks!r}.")
-        require(self.rank is None or (is_int(self.rank) and self.rank >= 1), f"router.rank: expected an integer >= 1, got {self.rank!r}.")
+        require(
+            is_real(self.threshold) and 0 <= self.threshold < 1,
+            f"router.threshold: expected a number in [0, 1), got {self.threshold!r}.",
+        )
+        require(
+            is_real(self.temperature) and self.temperature > 0,
+            f"router.temperature: expected a number > 0, got {self.temperature!r}.",
+        )
+        require_at_least("router.max_tasks", self.max_tasks, 1)
+        require_at_least("router.rank", self.rank, 1, optional=True)
 
 
 def default_routing_layer(layers: int) -> int:
@@ -124,8 +83,6 @@ class MergeSettings:
     """How task vectors are factorised and merged (MASS.md sections 1, 2, 4, 5).
 
     Attributes:
-        rank_ratio: share of min(D_out, D_in) that is kept of every matrix, in (0, 1]; per task in `Recipe`.
-        rank: a fixed rank instead of the ratio.
         base_merge: the first pass: `tsvm`, `isotropic`, `mean`, `zeroshot`; or `file`, a merged checkpoint.
         compose: matrices of the second pass for sets of several tasks: `tsvm` or `sum`.
         sum_weights: weights of `compose: sum`, uniform (the sum) or the gates of the set.
@@ -156,9 +113,13 @@ class TaskInfo:
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        require(bool(TASK_NAME.fullmatch(self.name)), f"task name {self.name!r}: use letters, digits, - and _, at most 64.")
+        require(
+            isinstance(self.name, str) and bool(TASK_NAME.fullmatch(self.name)),
+            f"task name {self.name!r}: use letters, digits, - and _, at most 64, a letter or digit first.",
+        )
         require(len(self.classes) > 0, f"task {self.name}: its class list is empty.")
-        require(len(set(self.classes)) == len(self.classes), f"task {self.name}: class names repeat.")
+        repeated = sorted(name for name, count in Counter(self.classes).items() if count > 1)
+        require(not repeated, f"task {self.name}: class names repeat: {', '.join(map(repr, repeated))}.")
 
 
 @dataclass(frozen=True)
@@ -189,6 +150,24 @@ class VisionSpec:
     layer_norm_eps: float = 1e-5
     ln_pre: bool = True
 
+    def __post_init__(self) -> None:
+        pairs = {"image_size": self.image_size, "patch_size": self.patch_size}
+        for name, pair in pairs.items():
+            if not (isinstance(pair, tuple) and len(pair) == 2 and all(is_int(n) and n >= 1 for n in pair)):
+                raise ModelConfigError(f"{name}: expected two integers >= 1, got {pair!r}.")
+        for name in ("width", "layers", "heads", "mlp_width", "embed_dim"):
+            value = getattr(self, name)
+            if not is_int(value) or value < 1:
+                raise ModelConfigError(f"{name}: expected an integer >= 1, got {value!r}.")
+        if self.width % self.heads:
+            raise ModelConfigError(f"width {self.width} is not a multiple of {self.heads} heads.")
+        if min(self.grid) < 1:
+            raise ModelConfigError(f"patch_size {self.patch_size} exceeds image_size {self.image_size}.")
+        if self.activation not in get_args(Activation) or not isinstance(self.ln_pre, bool):
+            raise ModelConfigError(f"activation {self.activation!r} or ln_pre {self.ln_pre!r} is invalid.")
+        if not is_real(self.layer_norm_eps) or self.layer_norm_eps <= 0:
+            raise ModelConfigError(f"layer_norm_eps: expected a number > 0, got {self.layer_norm_eps!r}.")
+
     @property
     def grid(self) -> tuple[int, int]:
         """Patches (down, across)."""
@@ -202,7 +181,9 @@ class VisionSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> VisionSpec:
         """Inverse of `dataclasses.asdict` after a trip through JSON."""
-        pairs = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        pairs: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
         try:
             return cls(**pairs)
         except TypeError as error:
@@ -222,83 +203,24 @@ class VisionSpec:
         for i in range(self.layers):
             block = f"transformer.resblocks.{i}."
             shapes |= {
-                f"{block}ln_1.weight": (d,), f"{block}ln_1.bias": (d,),
-                f"{block}attn.in_proj_weight": (3 * d, d), f"{block}attn.in_proj_bias": (3 * d,),
-                f"{block}attn.out_proj.weight": (d, d), f"{block}attn.out_proj.bias": (d,),
-                f"{block}ln_2.weight": (d,), f"{block}ln_2.bias": (d,),
-                f"{block}mlp.c_fc.weight": (m, d), f"{block}mlp.c_fc.bias": (m,),
-                f"{block}mlp.c_proj.weight": (d, m), f"{block}mlp.c_proj.bias": (d,),
+                f"{block}ln_1.weight": (d,),
+                f"{block}ln_1.bias": (d,),
+                f"{block}attn.in_proj_weight": (3 * d, d),
+                f"{block}attn.in_proj_bias": (3 * d,),
+                f"{block}attn.out_proj.weight": (d, d),
+                f"{block}attn.out_proj.bias": (d,),
+                f"{block}ln_2.weight": (d,),
+                f"{block}ln_2.bias": (d,),
+                f"{block}mlp.c_fc.weight": (m, d),
+                f"{block}mlp.c_fc.bias": (m,),
+                f"{block}mlp.c_proj.weight": (d, m),
+                f"{block}mlp.c_proj.bias": (d,),
             }
         return shapes | {"ln_post.weight": (d,), "ln_post.bias": (d,)}
 
     def matrix_names(self) -> list[str]:
         """The 2-D parameters, which are factorised; all others are vector parameters."""
         return [name for name, shape in self.parameter_shapes().items() if len(shape) == 2]
-
-
-# open_clip vision settings that are fine at these values and refused at any other.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "ls_init_value": (None,), "attentional_pool": (False,), "timm_model_name": (None,), "pool_type": ("tok",),
-    "final_ln_after_pool": (False,), "pos_embed_type": ("learnable",), "no_ln_pre": (False, True), "output_tokens": (False,),
-    "norm_kwargs": (None, {}), "act_kwargs": (None, {}), "block_type": (None, "default"), "qk_norm": (False,), "input_patchnorm": (False,),
-    "scaled_cosine_attn": (False,), "scale_heads": (False,), "scale_attn_inner": (False,), "scale_attn": (False,), "scale_fc": (False,),
-}
-_TRAINING_ONLY = {"patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path", "timm_pool", "timm_proj", "timm_proj_bias",
-                  "attn_pooler_queries", "attn_pooler_heads"}
-
-
-def vision_spec_from_config(config: Mapping[str, Any], where: str) -> VisionSpec:
-    """Read open_clip's model config (`embed_dim`, `vision_cfg`, `quick_gelu`, ..).
-
-    Raises:
-        ModelConfigError: something is missing, or a setting is not that of a plain ViT; it is named.
-    """
-    vision = config.get("vision_cfg")
-    if not isinstance(vision, Mapping) or not is_int(config.get("embed_dim")):
-        raise ModelConfigError(f"{where}: not an open_clip model config (needs embed_dim and vision_cfg).")
-    known = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", *_NEUTRAL, *_TRAINING_ONLY}
-    refused = [f"{key}={vision[key]!r}" for key, neutral in _NEUTRAL.items() if key in vision and vision[key] not in neutral]
-    refused += [f"{key}={value!r}" for key, value in vision.items() if key not in known]
-    if isinstance(vision.get("layers"), list | tuple):
-        refused.append(f"layers={vision['layers']!r} (a ResNet)")
-    if refused:
-        raise ModelConfigError(f"{where}: unsupported vision_cfg settings: {', '.join(refused)}. Plain ViT towers with a CLS token are supported.")
-    try:
-        width, layers = int(vision.get("width", 768)), int(vision.get("layers", 12))
-        image_size, patch_size = _pair(vision.get("image_size", 224)), _pair(vision.get("patch_size", 16))
-        head_width, mlp_ratio = int(vision.get("head_width", 64)), float(vision.get("mlp_ratio", 4.0))
-    except (TypeError, ValueError) as error:
-        raise ModelConfigError(f"{where}: vision_cfg: {error}.") from error
-    if min(width, layers, head_width, *image_size, *patch_size) < 1 or width % head_width:
-        raise ModelConfigError(f"{where}: vision_cfg: sizes must be positive and width a multiple of head_width.")
-    return VisionSpec(
-        image_size=image_size, patch_size=patch_size, width=width, layers=layers, heads=width // head_width,
-        mlp_width=int(width * mlp_ratio), embed_dim=int(config["embed_dim"]),
-        activation="quick_gelu" if config.get("quick_gelu") else "gelu", ln_pre=not vision.get("no_ln_pre", False),
-    )
-
-
-def preprocess_spec_from_config(config: Mapping[str, Any] | None, image_size: tuple[int, int], where: str) -> PreprocessSpec:
-    """Read open_clip's `preprocess_cfg`; absent keys take open_clip's defaults (OpenAI's mean and std)."""
-    config = dict(config or {})
-    mean, std = tuple(config.pop("mean", OPENAI_MEAN)), tuple(config.pop("std", OPENAI_STD))
-    interpolation, resize_mode = config.pop("interpolation", "bicubic"), config.pop("resize_mode", "shortest")
-    for ignored in ("size", "mode", "fill_color"):  # the size is the tower's; mode is RGB; fill only pads
-        config.pop(ignored, None)
-    if config or interpolation not in ("bicubic", "bilinear") or resize_mode not in ("shortest", "squash"):
-        raise ModelConfigError(
-            f"{where}: unsupported preprocess_cfg: interpolation {interpolation!r}, resize_mode {resize_mode!r}, other keys {sorted(config)}."
-        )
-    if len(mean) != 3 or len(std) != 3 or not all(map(is_real, (*mean, *std))) or min(std) <= 0:
-        raise ModelConfigError(f"{where}: preprocess_cfg: mean and std must be three numbers each, std > 0.")
-    return PreprocessSpec(image_size=image_size, mean=mean, std=std, interpolation=interpolation, resize_mode=resize_mode)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, list | tuple):
-        high, wide = value
-        return int(high), int(wide)
-    return int(value), int(value)
 
 
 def rank_of(shape: tuple[int, ...], rank_ratio: float | None, rank: int | None) -> int:
@@ -312,7 +234,14 @@ def rank_of(shape: tuple[int, ...], rank_ratio: float | None, rank: int | None) 
 
 @dataclass(frozen=True)
 class ArtifactInfo:
-    """The JSON header of an artifact: everything but the tensors."""
+    """The JSON header of an artifact: everything but the tensors.
+
+    Attributes:
+        rank_ratios: share of min(D_out, D_in) kept of each task's matrices; None where `ranks` fixes it.
+        ranks: fixed rank of each task's matrices, or None; empty when no task has one.
+        provenance: name and sha256 of every input.
+        model_config: the model's config in open_clip's form.
+    """
 
     vision: VisionSpec
     preprocess: PreprocessSpec
@@ -321,3 +250,17 @@ class ArtifactInfo:
     router: RouterSettings
     rank_ratios: tuple[float | None, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
+    ranks: tuple[int | None, ...] = ()
+    model_config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
+        require(
+            bool(names) and len(set(names)) == len(names), f"tasks: expected distinct names, got {names}."
+        )
+        require(len(self.rank_ratios) == len(names), "rank_ratios: expected one per task.")
+        require(len(self.ranks) in (0, len(names)), "ranks: expected none, or one per task.")
+        layer, layers = self.router.layer, self.vision.layers
+        require(
+            layer is not None and layer < layers, f"router.layer: expected 0 to {layers - 1}, got {layer}."
+        )
