@@ -125,7 +125,7 @@ class RouterSpec:
         temperature: divides the (standardised) residuals before the softmax, > 0.
         max_tasks: cap of `topk`, >= 1.
         head_choice: how the heads of a set compete: by their largest or their mean logit.
-        sum_weights: the second pass' `weights`: 1/K each, or with `compose` sum the set's gates, renormalised.
+        sum_weights: the second pass' `weights`: 1/K, or with `compose` sum the set's gates, renormalised.
         layer: transformer block that is read, counted from 0.
         site: `mlp` or `attn`, the branch of the block that is read.
         token: `cls` or `mean`.
