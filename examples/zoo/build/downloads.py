@@ -1,8 +1,8 @@
 """Fetches the packages the zoo is made of, through the ordinary clients of their registries.
 
-Each `fetch_*` returns the folder of the unpacked package. A package is downloaded into a temporary folder and renamed when
-it is complete, so an interrupted run is simply started again: what is there already is not fetched twice, and half a
-package is never mistaken for a whole one.
+Each `fetch_*` returns the folder of the unpacked package. A package is downloaded into a temporary folder and
+renamed when it is complete, so an interrupted run is simply started again: what is there is not fetched twice,
+and half a package is never mistaken for a whole one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ClientFailedError(DownloadError):
 
 @dataclass(frozen=True)
 class Sources:
-    """The packages of the zoo in one cache folder; a recipe asks for them by name, versions are pinned here."""
+    """The packages of the zoo in one cache folder; recipes ask by name, versions are pinned here."""
 
     cache: Path
 
@@ -67,17 +67,17 @@ class Sources:
 
 
 def fetch_npm(name: str, version: str, cache: Path) -> Path:
-    """Fetches one version of an npm package with `npm pack`; returns the folder that holds its `package.json`."""
+    """Fetches one version of an npm package with `npm pack`; returns the folder of its `package.json`."""
     stem = f"{name.removeprefix('@').replace('/', '-')}-{version}"
     folder = cache / "npm" / stem
     if folder.is_dir():
         return folder
     archive = cache / "npm" / f"{stem}.tgz"
     if not archive.is_file():
-        command = [_client("npm", "install Node.js (Debian: apt-get install npm)"), "pack", f"{name}@{version}"]
+        npm = _client("npm", "install Node.js (Debian: apt-get install npm)")
         hint = f"Check the connection and that npm has {name} {version}."
         with _staging(archive) as staging, console.status(f"npm: downloading {name} {version}"):
-            _run(command, staging, hint)
+            _run([npm, "pack", f"{name}@{version}"], staging, hint)
             _only_file(staging, "*.tgz").replace(archive)
     with console.status(f"npm: unpacking {name} {version}"):
         _unpack(archive, folder, _extract_npm)
@@ -96,11 +96,10 @@ def fetch_pypi(name: str, version: str, cache: Path) -> Path:
         return folder
     archives = sorted((cache / "pypi").glob(f"{stem}-*.whl"))
     if not archives:
-        requirement = f"{name}=={version}"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", requirement]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
         hint = f"Check the connection, and that this Python has pip and PyPI a wheel of {name} {version}."
         with _staging(folder) as staging, console.status(f"pip: downloading {name} {version}"):
-            _run(command, staging, hint)
+            _run([*command, f"{name}=={version}"], staging, hint)
             wheel = _only_file(staging, "*.whl")
             archives = [wheel.replace(folder.parent / wheel.name)]
     _unpack(archives[0], folder, _extract_wheel)
@@ -111,18 +110,18 @@ def fetch_pypi(name: str, version: str, cache: Path) -> Path:
 def fetch_apt(package: str, cache: Path) -> Path:
     """Fetches a Debian package with `apt-get download`; returns the folder of its file tree.
 
-    The version is the one the system's package lists offer (the zoo was made on bookworm); `apt_version` tells it
-    afterwards.
+    The version is the one the system's package lists offer (the zoo was made on bookworm);
+    `apt_version` tells it afterwards.
     """
     folder = cache / "apt" / package
     if folder.is_dir():
         return folder
     archives = sorted((cache / "apt").glob(f"{package}_*.deb"))
     if not archives:
-        command = [_client("apt-get", "the Debian packages need a Debian or Ubuntu system"), "-q", "download", package]
+        apt_get = _client("apt-get", "the Debian packages need a Debian or Ubuntu system")
         hint = "Run `apt-get update` first; the zoo was made on Debian 12 (bookworm)."
         with _staging(folder) as staging, console.status(f"apt: downloading {package}"):
-            _run(command, staging, hint)
+            _run([apt_get, "-q", "download", package], staging, hint)
             deb = _only_file(staging, "*.deb")
             archives = [deb.replace(folder.parent / deb.name)]
     with console.status(f"apt: unpacking {package}"):
@@ -141,7 +140,7 @@ def apt_version(package: str, cache: Path) -> str:
 
 
 def package_versions(cache: Path) -> dict[str, str]:
-    """Lists every package that was fetched into the cache, as `npm:name`, `pypi:name` or `apt:name` -> version."""
+    """Lists the fetched packages of a cache, as `npm:name`, `pypi:name` or `apt:name` -> version."""
     versions = {}
     for manifest in sorted(cache.glob("npm/*/package.json")):
         fields = json.loads(manifest.read_text(encoding="utf-8"))
@@ -210,7 +209,7 @@ def _extract_npm(archive: Path, staging: Path) -> Path:
 
 def _extract_wheel(archive: Path, staging: Path) -> Path:
     with zipfile.ZipFile(archive) as wheel:
-        wheel.extractall(staging / "wheel")
+        wheel.extractall(staging / "wheel")  # noqa: S202 - ZipFile drops `..` and absolute paths itself
     return staging / "wheel"
 
 
