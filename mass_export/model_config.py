@@ -1,4 +1,4 @@
-"""open_clip's model configs -> `VisionSpec` and `PreprocessSpec`; what is not a plain ViT is refused by name."""
+"""open_clip's model configs -> `VisionSpec` and `PreprocessSpec`; all but plain ViTs are refused by name."""
 
 from __future__ import annotations
 

@@ -1,0 +1,267 @@
+"""The recipe: a YAML file that names the model, the checkpoints and how to merge them.
+
+    model: model_config.json        # an open_clip model name, or a path to its JSON config
+    base: base.safetensors
+    rank_ratio: 0.125               # default 1/T; or `rank: N`
+    base_merge: tsvm                # tsvm | isotropic | mean | zeroshot | {file: merged.safetensors}
+    compose: tsvm                   # tsvm | sum
+    sum_weights: uniform            # uniform | gates; for compose: sum
+    vectors: mean                   # mean | base
+    head_choice: max                # max | mean
+    router: {layer: 9, site: mlp, token: cls, norm: l2, mode: topk, threshold: 0.2, max_tasks: 3}
+    tasks:
+      - name: cars
+        checkpoint: cars.safetensors
+        head: {file: heads.safetensors, tensor: cars.weight, bias: cars.bias}    # bias optional
+        classes: [suv, sedan]       # or a text file, one class a line
+        rank_ratio: 0.25            # optional; or `rank: N`
+
+Paths are relative to the recipe. Only model, base and tasks are required.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mass_export.checks import checked_mapping, is_int, is_real, require
+from mass_export.errors import RecipeError
+from mass_export.model_config import load_model_config, preprocess_spec_from_config, vision_spec_from_config
+from mass_export.spec import MergeSettings, RouterSettings, TaskInfo, VisionSpec, default_routing_layer
+from runtime.bundle import PreprocessSpec
+
+MAX_RECIPE_BYTES = 8 << 20
+
+_MERGE_KEYS = tuple(field.name for field in dataclasses.fields(MergeSettings))
+_RANK_KEYS = ("rank_ratio", "rank")
+_TOP_KEYS = ("model", "base", *_RANK_KEYS, *_MERGE_KEYS, "router", "tasks")
+_TASK_KEYS = ("name", "checkpoint", "head", "classes", *_RANK_KEYS)
+
+
+@dataclass(frozen=True)
+class HeadRecipe:
+    """Where a head lies: a file, and the names of its tensors in it."""
+
+    file: Path
+    tensor: str
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskRecipe:
+    """One task. `rank_ratio` or `rank` is the one in force: the task's own, else the recipe's."""
+
+    name: str
+    checkpoint: Path
+    head: HeadRecipe
+    classes: tuple[str, ...]
+    rank_ratio: float | None
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: every file in it exists, every setting is valid, `router.layer` is a number.
+
+    Attributes:
+        path: the recipe's own file.
+        model_config: open_clip's model config, parsed.
+        rank_ratio: 1/T unless given; None where `rank` is given.
+        base_merge_file: merged checkpoint of the first pass, for `base_merge: {file: ..}`.
+    """
+
+    path: Path
+    vision: VisionSpec
+    preprocess: PreprocessSpec
+    model_config: dict[str, Any]
+    base: Path
+    tasks: tuple[TaskRecipe, ...]
+    rank_ratio: float | None
+    rank: int | None
+    merge: MergeSettings
+    base_merge_file: Path | None
+    router: RouterSettings
+
+    def inputs(self) -> tuple[Path, ...]:
+        """Every file that the merge reads."""
+        per_task = [path for task in self.tasks for path in (task.checkpoint, task.head.file)]
+        extra = [] if self.base_merge_file is None else [self.base_merge_file]
+        return (self.path, self.base, *per_task, *extra)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which would let the last of two equal keys win, made to refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "keys must be plain text", key.start_mark)
+            if (key.tag, key.value) in seen:
+                problem = f"the key {key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        RecipeError: the recipe cannot be read, or a key is unknown, missing or invalid; it is named.
+        ModelConfigError: the model is unknown or not supported.
+    """
+    data = _parse(path)
+    try:
+        top = checked_mapping(data, _TOP_KEYS, "recipe", required=("model", "base", "tasks"))
+        config, preprocess, where = load_model_config(_text(top["model"], "model"), path.parent)
+        vision = vision_spec_from_config(config, where)
+        entries = top["tasks"]
+        require(
+            isinstance(entries, list) and bool(entries), f"tasks: expected a list of tasks, got {entries!r}."
+        )
+        rank_ratio, rank = _rank(top, "", (1 / len(entries), None))
+        tasks = tuple(_task(entry, index, path, (rank_ratio, rank)) for index, entry in enumerate(entries))
+        names = [task.name for task in tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"tasks: the name(s) {', '.join(twice)} are given twice; rename one of them.")
+        merge, base_merge_file = _merge_settings(top, path)
+        base = _file(top["base"], "base", path)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    return Recipe(
+        path=path,
+        vision=vision,
+        preprocess=preprocess_spec_from_config(preprocess, vision.image_size, where),
+        model_config=config,
+        base=base,
+        tasks=tasks,
+        rank_ratio=rank_ratio,
+        rank=rank,
+        merge=merge,
+        base_merge_file=base_merge_file,
+        router=_router_settings(top, vision.layers, path),
+    )
+
+
+def _parse(path: Path) -> object:
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise RecipeError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; not a recipe.")
+        loader = _UniqueKeyLoader(path.read_text(encoding="utf-8"))
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: no such file; give the path of a recipe.") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError(f"{path}: not a valid recipe{place}: {error.problem}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"{path}: not YAML text; give the path of a recipe.") from error
+
+
+def _task(entry: object, index: int, path: Path, rank: tuple[float | None, int | None]) -> TaskRecipe:
+    key = f"tasks[{index}]"
+    if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
+        key += f" ({entry['name']})"
+    data = checked_mapping(entry, _TASK_KEYS, key, required=("name", "checkpoint", "head", "classes"))
+    head = checked_mapping(
+        data["head"], ("file", "tensor", "bias"), f"{key}.head", required=("file", "tensor")
+    )
+    bias = head.get("bias")
+    try:
+        info = TaskInfo(_text(data["name"], "name"), _classes(data["classes"], f"{key}.classes", path))
+    except RecipeError as error:
+        raise RecipeError(str(error) if key in str(error) else f"{key}: {error}") from error
+    rank_ratio, fixed_rank = _rank(data, f"{key}.", rank)
+    return TaskRecipe(
+        name=info.name,
+        checkpoint=_file(data["checkpoint"], f"{key}.checkpoint", path),
+        head=HeadRecipe(
+            file=_file(head["file"], f"{key}.head.file", path),
+            tensor=_text(head["tensor"], f"{key}.head.tensor"),
+            bias=None if bias is None else _text(bias, f"{key}.head.bias"),
+        ),
+        classes=info.classes,
+        rank_ratio=rank_ratio,
+        rank=fixed_rank,
+    )
+
+
+def _classes(value: object, key: str, path: Path) -> tuple[str, ...]:
+    if isinstance(value, list):
+        return tuple(_text(name, f"{key}[{index}]") for index, name in enumerate(value))
+    file = _file(value, key, path)
+    try:
+        lines = file.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{key}: {file} is not a UTF-8 text file with one class a line.") from error
+    empty = [number for number, line in enumerate(lines, start=1) if not line.strip()]
+    require(not empty, f"{key}: {file}: line(s) {empty} are empty; give one class a line.")
+    return tuple(line.strip() for line in lines)
+
+
+def _rank(
+    data: Mapping[str, Any], prefix: str, default: tuple[float | None, int | None]
+) -> tuple[float | None, int | None]:
+    """The rank ratio or the fixed rank in `data`, else the default; one of the two is None."""
+    ratio, rank = data.get("rank_ratio"), data.get("rank")
+    if ratio is None and rank is None:
+        return default
+    require(
+        ratio is None or rank is None, f"{prefix}rank_ratio and {prefix}rank: give one of them, not both."
+    )
+    if ratio is None:
+        require(is_int(rank) and rank >= 1, f"{prefix}rank: expected an integer >= 1, got {rank!r}.")
+        return None, rank
+    valid = is_real(ratio) and 0 < ratio <= 1
+    require(valid, f"{prefix}rank_ratio: expected a number in (0, 1], such as 0.125; got {ratio!r}.")
+    return float(ratio), None
+
+
+def _merge_settings(top: Mapping[str, Any], path: Path) -> tuple[MergeSettings, Path | None]:
+    given = {name: top[name] for name in _MERGE_KEYS if top.get(name) is not None}
+    file = None
+    if isinstance(given.get("base_merge"), Mapping):
+        nested = checked_mapping(given["base_merge"], ("file",), "base_merge", required=("file",))
+        given["base_merge"], file = "file", _file(nested["file"], "base_merge.file", path)
+    elif given.get("base_merge") == "file":
+        raise RecipeError("base_merge: write {file: merged.safetensors} to start from a merged checkpoint.")
+    return MergeSettings(**given), file
+
+
+def _router_settings(top: Mapping[str, Any], layers: int, path: Path) -> RouterSettings:
+    router = RouterSettings.from_mapping(
+        {} if top.get("router") is None else top["router"], str(path), "router"
+    )
+    if router.layer is None:
+        return dataclasses.replace(router, layer=default_routing_layer(layers))
+    if router.layer >= layers:
+        raise RecipeError(
+            f"{path}: router.layer: expected 0 to {layers - 1} for this model, got {router.layer}."
+        )
+    return router
+
+
+def _file(value: object, key: str, recipe: Path) -> Path:
+    path = recipe.parent / _text(value, key)
+    require(path.is_file(), f"{key}: no such file: {path} (paths are relative to the recipe).")
+    return path
+
+
+def _text(value: object, key: str) -> str:
+    hint = "; quote it" if isinstance(value, bool | int | float) else ""
+    require(isinstance(value, str) and bool(value.strip()), f"{key}: expected text, got {value!r}{hint}.")
+    return str(value)
