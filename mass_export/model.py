@@ -1,0 +1,152 @@
+"""Eager MASS: the PyTorch model that the exported graphs are measured against.
+
+Read top to bottom it is the method: residuals of the first pass, gates and sets, weights merged densely for
+every set, one pass per set, heads. It is written to be right, not fast. Numbers: arXiv 2504.05342.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mass_export.artifact import Artifact
+from mass_export.merging import merge_sum, merge_tsvm
+from mass_export.routing import projection_residuals, routing_feature
+from mass_export.second_pass import head_biases
+from mass_export.vit import encode, site_tokens
+from runtime.bundle import TaskSpec
+from runtime.classifier import ForwardResult
+from runtime.routing import Selection, answer, gates_from_residuals, select_tasks
+
+CACHED_SETS = 16
+
+
+class MassModel:
+    """The merged model.
+
+    Attributes:
+        artifact: what it was made from.
+        dtype: of all computation, float32 or float64.
+    """
+
+    def __init__(self, artifact: Artifact, dtype: torch.dtype = torch.float32) -> None:
+        self.artifact = artifact
+        self.dtype = dtype
+        self._first_pass = {name: p.to(dtype) for name, p in (artifact.merged or artifact.base).items()}
+        self._bases = [vh.to(dtype) for vh in artifact.router_bases]
+        self._head_weight = torch.cat([head.weight for head in artifact.heads]).to(dtype)
+        self._head_bias = torch.from_numpy(head_biases(artifact.heads)).to(dtype)
+        self._merged: OrderedDict[tuple[object, ...], dict[str, Tensor]] = OrderedDict()
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names in order."""
+        return [task.name for task in self.artifact.info.tasks]
+
+    @torch.inference_mode()
+    def residuals(self, pixel_values: Tensor) -> Tensor:
+        """First pass: distance of the routing feature to each task's subspace. [B, 3, H, W] -> [B, T]"""
+        router, spec = self.artifact.info.router, self.artifact.info.vision
+        assert router.layer is not None
+        tokens = site_tokens(self._first_pass, pixel_values.to(self.dtype), spec, router.layer, router.site)
+        return projection_residuals(routing_feature(tokens, router.token), self._bases, router.norm)
+
+    def route(self, residuals: NDArray[np.floating], allowed: Sequence[int] | None = None) -> tuple[NDArray[np.float32], Selection]:
+        """Gates before selection [B, T], and the selected sets."""
+        router = self.artifact.info.router
+        gates = gates_from_residuals(residuals, router.mode, router.temperature, allowed)
+        return gates, select_tasks(gates, router.mode, router.threshold, router.max_tasks)
+
+    def merged_parameters(self, tasks: tuple[int, ...], gates: tuple[float, ...] | None = None) -> dict[str, Tensor]:
+        """Base plus the merged delta of a set of tasks, dense (MASS.md section 4).
+
+        Args:
+            tasks: indices, ascending.
+            gates: of those tasks; only `compose: sum` with `sum_weights: gates` uses them.
+        """
+        settings = self.artifact.info.merge
+        weights = _sum_weights(len(tasks), gates if settings.sum_weights == "gates" else None)
+        key = (tasks, weights if settings.compose == "sum" else None)
+        if key not in self._merged:
+            params = {}
+            factors = [self.artifact.tasks[i] for i in tasks]
+            for name, parameter in self.artifact.base.items():
+                if name in factors[0].matrices:
+                    matrices = [f.matrices[name] for f in factors]
+                    delta = merge_tsvm(matrices, name) if settings.compose == "tsvm" else merge_sum(matrices, weights)
+                elif settings.vectors == "mean":
+                    delta = torch.stack([f.vectors[name].double() for f in factors]).mean(dim=0)
+                else:
+                    delta = torch.zeros(())
+                params[name] = (parameter.double() + delta).to(self.dtype)
+            self._merged[key] = params
+            if len(self._merged) > CACHED_SETS:
+                self._merged.popitem(last=False)
+        self._merged.move_to_end(key)
+        return self._merged[key]
+
+    @torch.inference_mode()
+    def logits(self, pixel_values: Tensor, tasks: tuple[int, ...], gates: tuple[float, ...] | None = None) -> Tensor:
+        """Second pass for one set: every head on its feature. [B, 3, H, W] -> [B, sum C]"""
+        params = self.merged_parameters(tasks, gates)
+        feature = encode(params, pixel_values.to(self.dtype), self.artifact.info.vision)
+        return feature @ self._head_weight.T + self._head_bias
+
+    def forward(self, pixel_values: Tensor, tasks: Sequence[str] | None = None) -> ForwardResult:
+        """Both passes; the same result as `runtime.Classifier.forward`.
+
+        Args:
+            pixel_values: normalised images. [B, 3, H, W]
+            tasks: only these may answer; one alone needs no first pass. None: all.
+        """
+        T, B = len(self.artifact.tasks), len(pixel_values)
+        allowed = range(T) if tasks is None else sorted(self.task_names.index(name) for name in tasks)
+        residuals = None
+        if tasks is not None and len(allowed) == 1:
+            gates = np.zeros((B, T), np.float32)
+            gates[:, allowed[0]] = 1
+            selection = select_tasks(gates, "top1", 0.0, 1)
+        else:
+            residuals = self.residuals(pixel_values).numpy()
+            gates, selection = self.route(residuals, allowed)
+        logits = self._logits_by_set(pixel_values, gates, selection)
+        task_index, class_index = answer(logits, self._task_specs(), selection, self.artifact.info.merge.head_choice)
+        return ForwardResult(
+            residuals=residuals,
+            gates=gates,
+            selected=selection.selected,
+            logits=logits,
+            task_index=task_index,
+            class_index=class_index,
+        )
+
+    def _logits_by_set(self, pixel_values: Tensor, gates: NDArray[np.float32], selection: Selection) -> NDArray[np.floating]:
+        settings = self.artifact.info.merge
+        per_sample_gates = settings.compose == "sum" and settings.sum_weights == "gates"
+        groups: dict[tuple[tuple[int, ...], tuple[float, ...] | None], list[int]] = {}
+        for b, tasks in enumerate(selection.sets()):
+            key = tuple(float(g) for g in gates[b, list(tasks)]) if per_sample_gates else None
+            groups.setdefault((tasks, key), []).append(b)
+        logits = np.empty((len(pixel_values), self._head_weight.shape[0]), torch.empty(0, dtype=self.dtype).numpy().dtype)
+        for (tasks, set_gates), rows in groups.items():
+            logits[rows] = self.logits(pixel_values[rows], tasks, set_gates).numpy()
+        return logits
+
+    def _task_specs(self) -> list[TaskSpec]:
+        specs, start = [], 0
+        for task in self.artifact.info.tasks:
+            specs.append(TaskSpec(task.name, task.classes, start, start + len(task.classes)))
+            start += len(task.classes)
+        return specs
+
+
+def _sum_weights(count: int, gates: tuple[float, ...] | None) -> tuple[float, ...]:
+    """Uniform 1/K, or the set's gates renormalised."""
+    if gates is None:
+        return (1 / count,) * count
+    return tuple(g / sum(gates) for g in gates)

@@ -1,0 +1,170 @@
+"""Artifact -> bundle: two ONNX graphs, one weights file, a manifest; written aside and renamed."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+
+import onnx_ir as ir
+
+import mass_export
+from mass_export.artifact import Artifact
+from mass_export.errors import ExportError
+from mass_export.first_pass import add_first_pass
+from mass_export.graph import Graph
+from mass_export.progress import Progress
+from mass_export.second_pass import AdaptiveLayers, add_second_pass, store_bases
+from mass_export.verify import verify_bundle
+from mass_export.vit_graph import Layers
+from mass_export.weights_file import WeightsFile
+from runtime.bundle import (
+    FIRST_PASS,
+    FORMAT,
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    SECOND_PASS,
+    FileSpec,
+    Manifest,
+    MatrixBases,
+    PassSpec,
+    RouterSpec,
+    TaskSpec,
+    json_from_manifest,
+    sha256_of_file,
+)
+
+WEIGHTS_FILE = "weights.bin"
+
+
+def export_bundle(artifact: Artifact, artifact_path: Path, out: Path, *, verify: bool, progress: Progress) -> Path:
+    """Write a bundle directory.
+
+    Everything is written to a temporary directory beside `out`, verified there, and renamed; an existing bundle
+    is replaced only then.
+
+    Args:
+        artifact: what to export.
+        artifact_path: its file, for the provenance in the manifest.
+        out: bundle directory; may exist if it is empty or a bundle.
+        verify: run the bundle against the eager model first.
+        progress: where to show it.
+
+    Raises:
+        ExportError: `out` is something else than a bundle, or cannot be written.
+        VerificationError: the graphs do not reproduce the eager model.
+    """
+    out = out.absolute()
+    _check_replaceable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        staged = Path(scratch) / "bundle"
+        staged.mkdir()
+        write_bundle(artifact, artifact_path, staged, progress)
+        if verify:
+            verify_bundle(artifact, staged, progress=progress)
+        _replace(staged, out, Path(scratch) / "previous")
+    return out
+
+
+def write_bundle(artifact: Artifact, artifact_path: Path, directory: Path, progress: Progress) -> Manifest:
+    """Write graphs, weights and manifest into an empty directory."""
+    with WeightsFile(directory / WEIGHTS_FILE) as weights:
+        first = _write_first_pass(artifact, weights, directory)
+        second, bases = _write_second_pass(artifact, weights, directory, progress)
+    manifest = _manifest(artifact, artifact_path, {FIRST_PASS: first, SECOND_PASS: second}, bases, directory)
+    (directory / MANIFEST_FILE).write_text(json_from_manifest(manifest), encoding="utf-8")
+    return manifest
+
+
+def _pixel_values(graph: Graph, artifact: Artifact) -> ir.Value:
+    return graph.input("pixel_values", ir.DataType.FLOAT, ["B", 3, *artifact.info.vision.image_size])
+
+
+def _write_first_pass(artifact: Artifact, weights: WeightsFile, directory: Path) -> PassSpec:
+    graph = Graph(FIRST_PASS, weights)
+    pixel_values = _pixel_values(graph, artifact)
+    shares_base = not artifact.merged
+    params, prefix = (artifact.base, "base.") if shares_base else (artifact.merged, "merged.")
+    layers = Layers(graph, artifact.info.vision, params, prefix)
+    residuals = add_first_pass(layers, artifact.info.router, artifact.router_bases, pixel_values)
+    outputs = {"residuals": (residuals, ["B", len(artifact.tasks)])}
+    return graph.save(directory / f"{FIRST_PASS}.onnx", outputs, mass_export.__version__)
+
+
+def _write_second_pass(
+    artifact: Artifact, weights: WeightsFile, directory: Path, progress: Progress
+) -> tuple[PassSpec, dict[str, MatrixBases]]:
+    names = artifact.info.vision.matrix_names()
+    bases = {name: store_bases(weights, artifact.tasks, name) for name in progress.track(names, "Stacking bases")}
+    graph = Graph(SECOND_PASS, weights)
+    pixel_values = _pixel_values(graph, artifact)
+    layers = AdaptiveLayers(graph, artifact.info.vision, artifact.base, artifact.tasks, artifact.info.merge, bases)
+    logits = add_second_pass(layers, artifact.heads, pixel_values)
+    classes = sum(len(task.classes) for task in artifact.info.tasks)
+    outputs = {"logits": (logits, ["B", classes])}
+    return graph.save(directory / f"{SECOND_PASS}.onnx", outputs, mass_export.__version__), bases
+
+
+def _manifest(
+    artifact: Artifact,
+    artifact_path: Path,
+    passes: dict[str, PassSpec],
+    bases: dict[str, MatrixBases],
+    directory: Path,
+) -> Manifest:
+    info = artifact.info
+    tasks, start = [], 0
+    for task in info.tasks:
+        tasks.append(TaskSpec(task.name, task.classes, start, start + len(task.classes)))
+        start += len(task.classes)
+    router = info.router
+    assert router.layer is not None
+    return Manifest(
+        format=FORMAT,
+        schema_version=SCHEMA_VERSION,
+        producer=f"mass-export {mass_export.__version__}",
+        model=dataclasses.asdict(info.vision) | {"first_pass": info.merge.base_merge, "vectors": info.merge.vectors},
+        preprocess=info.preprocess,
+        tasks=tuple(tasks),
+        router=RouterSpec(
+            mode=router.mode,
+            threshold=router.threshold,
+            temperature=router.temperature,
+            max_tasks=router.max_tasks,
+            head_choice=info.merge.head_choice,
+            sum_weights=info.merge.sum_weights,
+            layer=router.layer,
+            site=router.site,
+            token=router.token,
+            norm=router.norm,
+        ),
+        compose=info.merge.compose,
+        passes=passes,
+        matrices=tuple(bases.values()),
+        files={
+            path.name: FileSpec(path.stat().st_size, sha256_of_file(path)) for path in sorted(directory.iterdir())
+        },
+        provenance={"artifact": {"file": artifact_path.name, "sha256": sha256_of_file(artifact_path)}, **info.provenance},
+    )
+
+
+def _check_replaceable(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST_FILE).is_file()):
+        raise ExportError(f"{out}: exists and is not a bundle; choose another --out or remove it yourself.")
+
+
+def _replace(staged: Path, out: Path, previous: Path) -> None:
+    """Rename into place; a failure puts the previous bundle back."""
+    if out.exists():
+        out.rename(previous)
+    try:
+        staged.rename(out)
+    except OSError as error:
+        if previous.exists():
+            previous.rename(out)
+        raise ExportError(f"{out}: cannot rename the new bundle into place ({error}).") from error
+    shutil.rmtree(previous, ignore_errors=True)

@@ -1,0 +1,203 @@
+"""The second pass: pixel values and a task set per sample -> logits of every head.
+
+One static graph serves every set. For a set Omega of K tasks the merged delta of a matrix is
+`U_Omega M_Omega VH_Omega` (MASS.md section 4): the stacked bases of all tasks are constants, the graph gathers
+the K slices that `slots` names, and the small core M_Omega is an input. What is not selected is not read.
+
+Inputs beside `pixel_values [B, 3, H, W]`:
+
+    slots          task indices of the sets, ascending. [S, K] int64
+    weights        weight of each slot, see below. [S, K] float32
+    cores.<name>   compose=tsvm only: M_Omega of each matrix. [S, K*R, K*R] float32
+
+S is B (a set per sample) or 1 (one set for the whole batch: slices are gathered once and broadcast).
+`weights` are 1/K with compose=tsvm, where they average the vector parameters' deltas. With compose=sum they scale
+the matrices' deltas (1/K or the set's gates), whose core is then `diag(w_k s_k)` and needs no input; vector
+parameters take the plain mean over the slots. Ranks that differ between tasks are padded with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mass_export.artifact import TaskFactors
+from mass_export.graph import Graph
+from mass_export.heads import Head
+from mass_export.spec import MergeSettings, VisionSpec
+from mass_export.vit_graph import Layers, bias_name, encode
+from mass_export.weights_file import WeightsFile
+from runtime.bundle import MatrixBases, StoredArray
+
+CORE_PREFIX = "cores."
+
+
+def store_bases(weights: WeightsFile, tasks: Sequence[TaskFactors], name: str) -> MatrixBases:
+    """Stack one matrix' factors over the tasks, padded to the largest rank, into the weights file."""
+    factors = [task.matrices[name] for task in tasks]
+    T, R = len(factors), max(f.rank for f in factors)
+    u_t = np.zeros((T, R, factors[0].u.shape[0]), dtype=np.float32)
+    s = np.zeros((T, R), dtype=np.float32)
+    vh = np.zeros((T, R, factors[0].vh.shape[1]), dtype=np.float32)
+    for i, f in enumerate(factors):
+        u_t[i, : f.rank], s[i, : f.rank], vh[i, : f.rank] = f.u.numpy().T, f.s.numpy(), f.vh.numpy()
+    ranks = tuple(f.rank for f in factors)
+    return MatrixBases(name, CORE_PREFIX + name, ranks, weights.add(u_t), weights.add(s), weights.add(vh))
+
+
+class AdaptiveLayers(Layers):
+    """Layers whose weights are the base plus each sample's merged delta."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        spec: VisionSpec,
+        base: Mapping[str, Tensor],
+        tasks: Sequence[TaskFactors],
+        settings: MergeSettings,
+        bases: Mapping[str, MatrixBases],
+    ) -> None:
+        super().__init__(graph, spec, base, "base.")
+        self._tasks = tasks
+        self._settings = settings
+        self._bases = bases
+        self._slots = graph.input("slots", ir.DataType.INT64, ["S", "K"])
+        self._weights = graph.input("weights", ir.DataType.FLOAT, ["S", "K"])
+        self._cores: dict[str, ir.Value] = {}
+        if settings.compose == "tsvm":
+            for name, stored in bases.items():
+                side = f"K*{stored.vh.shape[1]}"
+                self._cores[name] = graph.input(stored.core, ir.DataType.FLOAT, ["S", side, side])
+        self._deltas = self._gather_vector_deltas() if settings.vectors == "mean" else {}
+
+    def linear(self, name: str, x: ir.Value, columns: slice | None = None) -> ir.Value:
+        """`x W0^T + b + ((x VH^T) M^T) U^T`, where M acts from the left in `U M VH`."""
+        graph = self.graph
+        y = super().linear(name, x, columns)
+        h = graph.op("MatMul", x, self._transpose(self._right(name)))  # [B, N, K*R]
+        h = self._apply_core_transposed(name, h)
+        u_t = self._left(name)
+        bias = self._delta(bias_name(name))
+        if columns is not None:
+            u_t = self.take(u_t, columns, axis=2)
+            bias = self.take(bias, columns, axis=2) if bias is not None else None
+        y = graph.op("Add", y, graph.op("MatMul", h, u_t))
+        return y if bias is None else graph.op("Add", y, bias)
+
+    def layer_norm(self, name: str, x: ir.Value) -> ir.Value:
+        """LayerNorm whose scale and bias carry the set's mean delta."""
+        scale_delta, bias_delta = self._delta(f"{name}.weight"), self._delta(f"{name}.bias")
+        if scale_delta is None or bias_delta is None:
+            return super().layer_norm(name, x)
+        graph = self.graph
+        ones = graph.weight("ones", np.ones(self.spec.width, dtype=np.float32))
+        x = graph.op("LayerNormalization", x, ones, axis=-1, epsilon=self.spec.layer_norm_eps)
+        scale = graph.op("Add", scale_delta, self.parameter(f"{name}.weight"))
+        bias = graph.op("Add", bias_delta, self.parameter(f"{name}.bias"))
+        return graph.op("Add", graph.op("Mul", x, scale), bias)
+
+    def patch_projection(self, patches: ir.Value) -> ir.Value:
+        """The full delta of conv1 is added to the weight, not run as a second product."""
+        if self._settings.vectors == "base":
+            return super().patch_projection(patches)
+        graph = self.graph
+        deltas = np.stack([task.vectors["conv1.weight"].flatten(1).numpy().T.ravel() for task in self._tasks])
+        mean = self._mean_over_slots(graph.weight("vectors.conv1.weight.T", deltas))  # [S, 1, 3*P*P*D]
+        delta = graph.op("Reshape", mean, graph.integers(0, -1, self.spec.width))  # [S, 3*P*P, D]
+        return graph.op("MatMul", patches, graph.op("Add", delta, self.patch_weight()))
+
+    def positions(self) -> ir.Value:
+        """Base table plus the low-rank delta of the positions, plus the class embedding's in row 0. [S, N, D]"""
+        graph, name = self.graph, "positional_embedding"
+        left = self._transpose(self._left(name))  # [S, N, K*R]
+        table = graph.op("MatMul", self._apply_core(name, left), self._right(name))
+        table = graph.op("Add", table, super().positions())
+        cls_delta = self._delta("class_embedding")  # [S, 1, D]
+        if cls_delta is None:
+            return table
+        rows = graph.op("Pad", cls_delta, graph.integers(0, 0, 0, 0, self.spec.tokens - 1, 0))
+        return graph.op("Add", table, rows)
+
+    def projection(self, pooled: ir.Value) -> ir.Value:
+        """`x proj + ((x U) M) VH`: proj is applied from the right, so its factors swap sides."""
+        graph, name = self.graph, "proj"
+        h = graph.op("MatMul", pooled, self._transpose(self._left(name)))
+        delta = graph.op("MatMul", self._apply_core(name, h), self._right(name))
+        return graph.op("Add", super().projection(pooled), delta)
+
+    def _left(self, name: str) -> ir.Value:
+        """Gathered U^T. [S, K*R, D_out]"""
+        return self._gather_bases(f"bases.{name}.u_t", self._bases[name].u_t)
+
+    def _right(self, name: str) -> ir.Value:
+        """Gathered VH. [S, K*R, D_in]"""
+        return self._gather_bases(f"bases.{name}.vh", self._bases[name].vh)
+
+    def _gather_bases(self, initializer: str, stored: StoredArray) -> ir.Value:
+        graph = self.graph
+        slices = graph.op("Gather", graph.stored_weight(initializer, stored), self._slots, axis=0)  # [S, K, R, D]
+        return graph.op("Reshape", slices, graph.integers(0, -1, stored.shape[2]))
+
+    def _apply_core(self, name: str, h: ir.Value) -> ir.Value:
+        """`h M`: [.., K*R] -> [.., K*R]."""
+        if name in self._cores:
+            return self.graph.op("MatMul", h, self._cores[name])
+        return self._scale(name, h)
+
+    def _apply_core_transposed(self, name: str, h: ir.Value) -> ir.Value:
+        """`h M^T`."""
+        if name in self._cores:
+            return self.graph.op("MatMul", h, self._transpose(self._cores[name]))
+        return self._scale(name, h)
+
+    def _scale(self, name: str, h: ir.Value) -> ir.Value:
+        """compose=sum: the core is diagonal, `w_k s_k`."""
+        graph = self.graph
+        s = graph.op("Gather", graph.stored_weight(f"bases.{name}.s", self._bases[name].s), self._slots, axis=0)
+        s = graph.op("Mul", s, graph.op("Unsqueeze", self._weights, graph.integers(2)))  # [S, K, R]
+        return graph.op("Mul", h, graph.op("Reshape", s, graph.integers(0, 1, -1)))
+
+    def _transpose(self, value: ir.Value) -> ir.Value:
+        return self.graph.op("Transpose", value, perm=[0, 2, 1])
+
+    def _mean_over_slots(self, table: ir.Value) -> ir.Value:
+        """Rows of a table [T, P], combined over each set: -> [S, 1, P]."""
+        graph = self.graph
+        gathered = graph.op("Gather", table, self._slots, axis=0)  # [S, K, P]
+        if self._settings.compose == "sum":
+            return graph.op("ReduceMean", gathered, graph.integers(1), keepdims=1)
+        return graph.op("MatMul", graph.op("Unsqueeze", self._weights, graph.integers(1)), gathered)
+
+    def _gather_vector_deltas(self) -> dict[str, ir.Value]:
+        """All 1-D deltas of all tasks as one table [T, P]: one gather, one weighted sum, one split."""
+        graph = self.graph
+        names = [name for name, delta in self._tasks[0].vectors.items() if delta.ndim == 1]
+        rows = [np.concatenate([task.vectors[name].numpy() for name in names]) for task in self._tasks]
+        mean = self._mean_over_slots(graph.weight("vectors", np.stack(rows)))  # [S, 1, P]
+        sizes = [int(self._tasks[0].vectors[name].shape[0]) for name in names]
+        return dict(zip(names, graph.split(mean, sizes, axis=2), strict=True))
+
+    def _delta(self, name: str) -> ir.Value | None:
+        """Mean delta of a 1-D parameter over the set, or None with vectors=base. [S, 1, P]"""
+        return self._deltas.get(name)
+
+
+def add_second_pass(layers: AdaptiveLayers, heads: Sequence[Head], pixel_values: ir.Value) -> ir.Value:
+    """Add the nodes of the second pass: -> logits [B, sum C_i], tasks in order."""
+    graph = layers.graph
+    feature = encode(layers, pixel_values)
+    weight = np.concatenate([head.weight.float().numpy() for head in heads])
+    logits = graph.op("MatMul", feature, graph.weight("heads.weight.T", weight.T))
+    if all(head.bias is None for head in heads):
+        return logits
+    return graph.op("Add", logits, graph.weight("heads.bias", head_biases(heads)))
+
+
+def head_biases(heads: Sequence[Head]) -> NDArray[np.float32]:
+    """All biases in task order, zero where a head has none. [sum C_i]"""
+    parts = [h.bias.float().numpy() if h.bias is not None else np.zeros(h.weight.shape[0], np.float32) for h in heads]
+    return np.concatenate(parts).astype(np.float32)

@@ -1,0 +1,143 @@
+"""Does the bundle compute what the eager model computes? Numbers, not opinions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mass_export.artifact import Artifact
+from mass_export.errors import VerificationError
+from mass_export.model import MassModel
+from mass_export.progress import Progress
+from runtime.bundle import MANIFEST_FILE
+from runtime.classifier import Classifier, ForwardResult
+
+LOGIT_TOLERANCE = 1e-3
+RESIDUAL_TOLERANCE = 1e-4
+VERIFY_BATCH = 32
+RANDOM_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest differences between two implementations over some images.
+
+    Attributes:
+        images: how many were compared.
+        logits_max_abs: largest absolute difference of a logit.
+        residuals_max_rel: largest relative difference of a residual.
+        gates_max_abs: largest absolute difference of a gate.
+        equal_sets, equal_tasks, equal_classes: shares of images with the same set, task, and class, 0..1.
+    """
+
+    images: int
+    logits_max_abs: float
+    residuals_max_rel: float
+    gates_max_abs: float
+    equal_sets: float
+    equal_tasks: float
+    equal_classes: float
+
+    def within_tolerance(self) -> bool:
+        """Whether differences are rounding and all decisions agree."""
+        return (
+            self.logits_max_abs <= LOGIT_TOLERANCE
+            and self.residuals_max_rel <= RESIDUAL_TOLERANCE
+            and min(self.equal_sets, self.equal_tasks, self.equal_classes) == 1.0
+        )
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain numbers for JSON."""
+        return asdict(self)
+
+
+def verify_bundle(
+    artifact: Artifact,
+    bundle: Path,
+    pixel_values: NDArray[np.float32] | None = None,
+    *,
+    progress: Progress,
+) -> Parity:
+    """Run a bundle and the eager model on the same images.
+
+    Args:
+        artifact: what the bundle was exported from.
+        bundle: directory to check.
+        pixel_values: real images, normalised; random ones are always added. [B, 3, H, W]
+        progress: where to show it.
+
+    Raises:
+        VerificationError: out of tolerance; the message carries the figures.
+    """
+    images = sample_images(artifact)
+    if pixel_values is not None:
+        images = np.concatenate([pixel_values, images])
+    model = MassModel(artifact)
+    parts = []
+    with Classifier(bundle, provider="cpu") as classifier:
+        batches = [images[i : i + VERIFY_BATCH] for i in range(0, len(images), VERIFY_BATCH)]
+        for batch in progress.track(batches, "Comparing with the eager model"):
+            parts.append(compare(model.forward(torch.from_numpy(batch)), classifier.forward(batch)))
+    parity = combine(parts)
+    if not parity.within_tolerance():
+        raise VerificationError(
+            f"{bundle / MANIFEST_FILE}: the graphs differ from the eager model on {parity.images} images: "
+            f"logits by {parity.logits_max_abs:.2e} (allowed {LOGIT_TOLERANCE:g}), residuals by "
+            f"{parity.residuals_max_rel:.2e} relative (allowed {RESIDUAL_TOLERANCE:g}), equal sets "
+            f"{parity.equal_sets:.1%}, tasks {parity.equal_tasks:.1%}, classes {parity.equal_classes:.1%}. "
+            "Nothing was written. This is a bug or an ill-conditioned merge: see the warnings of the merge."
+        )
+    return parity
+
+
+def sample_images(artifact: Artifact, count: int = RANDOM_IMAGES) -> NDArray[np.float32]:
+    """Random images of every smoothness, normalised as the model's. [count, 3, H, W]"""
+    rng = np.random.default_rng(0)
+    H, W = artifact.info.vision.image_size
+    mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (artifact.info.preprocess.mean, artifact.info.preprocess.std))
+    images = np.empty((count, 3, H, W), dtype=np.float32)
+    for i in range(count):
+        cells = 2 ** (1 + i % 5)  # from broad patches to fine noise
+        coarse = rng.random((3, cells, cells), dtype=np.float32)
+        rows, columns = np.arange(H) * cells // H, np.arange(W) * cells // W
+        images[i] = (coarse[:, rows][:, :, columns] - mean) / std
+    return images
+
+
+def compare(expected: ForwardResult, actual: ForwardResult) -> Parity:
+    """Differences of one batch; `expected` is the reference."""
+    residuals = 0.0
+    if expected.residuals is not None and actual.residuals is not None:
+        scale = np.maximum(np.abs(expected.residuals), 1e-6)
+        residuals = float(np.max(np.abs(actual.residuals - expected.residuals) / scale))
+    return Parity(
+        images=len(expected.task_index),
+        logits_max_abs=float(np.max(np.abs(actual.logits - expected.logits))),
+        residuals_max_rel=residuals,
+        gates_max_abs=float(np.max(np.abs(actual.gates - expected.gates))),
+        equal_sets=float(np.mean((actual.selected == expected.selected).all(axis=1))),
+        equal_tasks=float(np.mean(actual.task_index == expected.task_index)),
+        equal_classes=float(np.mean(actual.class_index == expected.class_index)),
+    )
+
+
+def combine(parts: list[Parity]) -> Parity:
+    """Worst differences and pooled shares over batches."""
+    total = sum(part.images for part in parts)
+
+    def share(name: str) -> float:
+        return sum(getattr(part, name) * part.images for part in parts) / total
+
+    return Parity(
+        images=total,
+        logits_max_abs=max(part.logits_max_abs for part in parts),
+        residuals_max_rel=max(part.residuals_max_rel for part in parts),
+        gates_max_abs=max(part.gates_max_abs for part in parts),
+        equal_sets=share("equal_sets"),
+        equal_tasks=share("equal_tasks"),
+        equal_classes=share("equal_classes"),
+    )
