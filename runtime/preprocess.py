@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image | NDArray[np.uint8]"
 
-# A resized image is made whole, as open_clip does, up to this many pixels (those of a camera). Of a longer one
-# (a strip of 1 x 30000 becomes 224 x 6720000) only the crop is made; Pillow then clips between its two passes in
-# another order, which can be seen in noise.
+# A resized image is made whole, as open_clip does, up to this many pixels (those of a camera). Of a longer
+# one (a strip of 1 x 30000 becomes 224 x 6720000) only the crop is made; Pillow then clips between its two
+# passes in another order, which can be seen in noise.
 _MAX_WHOLE_PIXELS = 1 << 25
 
 
@@ -38,7 +38,7 @@ def load_image(source: ImageSource, where: str = "image") -> Image:
     Raises:
         InputError: no such file, not an image, damaged, too large to be decoded safely, or an unfit array.
     """
-    from PIL import Image as pil  # noqa: N813, PLC0415 (deferred: `import runtime` stays light)
+    from PIL import Image as pil  # noqa: N813, PLC0415 (deferred: importing runtime stays light)
 
     if isinstance(source, np.ndarray):
         return pil.fromarray(_checked_pixels(source, where))
