@@ -1,0 +1,123 @@
+"""Checkpoint files -> the parameters of the vision tower, complete and checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mass_export.errors import (
+    CheckpointFormatError,
+    CheckpointKeyError,
+    CheckpointShapeError,
+    CheckpointValueError,
+)
+from mass_export.spec import VisionSpec
+from mass_export.tensor_files import open_tensors
+
+# What training code puts before a name: DataParallel, torch.compile, CLIP classes, image encoders.
+_PREFIX = re.compile(r"(?:(?:module|_orig_mod|model|image_encoder|encoder)\.)*(?:visual\.)?")
+# Parameters that every tower has and no text tower does; they show where the tower is.
+_ANCHORS = ("class_embedding", "conv1.weight", "proj", "ln_post.weight", "ln_post.bias")
+# What a full CLIP checkpoint holds besides its vision tower ..
+_TEXT = re.compile(
+    r"text_projection(\..+)?|logit_scale|logit_bias|token_embedding\..+|ln_final\..+|attn_mask|text\..+"
+    r"|input_resolution|context_length|vocab_size|classification_head\..+"
+)
+# .. and names that both towers use, which are text only where the vision tower has a prefix of its own.
+_TEXT_TOWER = re.compile(r"transformer\..+|positional_embedding")
+
+
+def load_checkpoint(path: Path, vision: VisionSpec) -> dict[str, Tensor]:
+    """Load a vision tower from safetensors or a torch state dict, of a tower alone or of a whole CLIP.
+
+    The prefixes `visual.`, `model.visual.`, `module.visual.`, `image_encoder.model.visual.` and the like are
+    stripped, and a text tower is left out.
+
+    Returns:
+        the parameters of `vision.parameter_shapes()`, in that order, float32 on the CPU, all finite.
+
+    Raises:
+        CheckpointFormatError: the file cannot be read.
+        CheckpointKeyError: tensors are missing or unexpected.
+        CheckpointShapeError: tensors have other shapes than the model's.
+        CheckpointValueError: tensors are not floating point, or hold NaN or infinity.
+    """
+    tensors = open_tensors(path)
+    where = str(path)
+    shapes = vision.parameter_shapes()
+    prefix = _tower_prefix(tensors, where)
+    tower = {
+        name[len(prefix) :]: name
+        for name in tensors
+        if name.startswith(prefix) and not _is_text(name, prefix)
+    }
+    elsewhere = [name for name in tensors if not name.startswith(prefix) and not _is_text(name, prefix)]
+    missing = [prefix + name for name in shapes if name not in tower]
+    unexpected = [stored for name, stored in tower.items() if name not in shapes] + elsewhere
+    if missing or unexpected:
+        raise CheckpointKeyError(where, missing, unexpected)
+    found = {name: tensors[tower[name]] for name in shapes}
+    _check_shapes(found, shapes, where)
+    return float32_parameters(found, where)
+
+
+def float32_parameters(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Copy to contiguous float32 in fresh memory: results then depend on values, not on a file's layout.
+
+    Raises:
+        CheckpointValueError: naming every tensor that is not floating point or not finite.
+    """
+    problems, parameters = [], {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            kind = (
+                "without data" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}".replace("torch.", "")
+            )
+            problems.append(f"{name} is {kind}, not dense floating point")
+            continue
+        parameter = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
+        bad = int(parameter.numel() - parameter.isfinite().sum())
+        if bad:
+            problems.append(f"{name} holds {bad} NaN or infinite value(s)")
+        parameters[name] = parameter
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointValueError(
+            f"{where}: {len(problems)} unusable tensor(s): {'; '.join(problems[:8])}{more}. "
+            "Finite floating-point values are needed; was it saved before training diverged?"
+        )
+    return parameters
+
+
+def _tower_prefix(names: Iterable[str], where: str) -> str:
+    """What precedes the tower's names: the prefix under which most anchors are found, "" when none is."""
+    counts: dict[str, int] = {}
+    for name in names:
+        for anchor in _ANCHORS:
+            prefix = name.removesuffix(anchor)
+            if name.endswith(anchor) and _PREFIX.fullmatch(prefix):
+                counts[prefix] = counts.get(prefix, 0) + 1
+    best = [prefix for prefix, count in counts.items() if count == max(counts.values())]
+    if len(best) > 1:
+        towers = ", ".join(f"{prefix}*" for prefix in sorted(best))
+        raise CheckpointFormatError(f"{where}: holds several vision towers ({towers}); keep one of them.")
+    return best[0] if best else ""
+
+
+def _is_text(name: str, prefix: str) -> bool:
+    """Whether a tensor belongs to the rest of a CLIP whose vision tower has this prefix."""
+    if prefix and name.startswith(prefix) and prefix.endswith("visual."):
+        return False
+    bare = re.sub(r"^(?:(?:module|_orig_mod|model|image_encoder|encoder)\.)+", "", name)
+    return bool(_TEXT.fullmatch(bare) or (prefix.endswith("visual.") and _TEXT_TOWER.fullmatch(bare)))
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [(name, shape, got[name]) for name, shape in shapes.items() if got[name] != shape]
+    if wrong:
+        raise CheckpointShapeError(where, wrong)
