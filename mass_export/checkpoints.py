@@ -14,6 +14,7 @@ from mass_export.errors import (
     CheckpointKeyError,
     CheckpointShapeError,
     CheckpointValueError,
+    shortened,
 )
 from mass_export.spec import VisionSpec
 from mass_export.tensor_files import open_tensors
@@ -85,9 +86,8 @@ def float32_parameters(tensors: Mapping[str, Tensor], where: str) -> dict[str, T
             problems.append(f"{name} holds {bad} NaN or infinite value(s)")
         parameters[name] = parameter
     if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointValueError(
-            f"{where}: {len(problems)} unusable tensor(s): {'; '.join(problems[:8])}{more}. "
+            f"{where}: {len(problems)} unusable tensor(s): {shortened(problems, separator='; ')}. "
             "Finite floating-point values are needed; was it saved before training diverged?"
         )
     return parameters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class MassExportError(Exception):
@@ -31,7 +31,7 @@ class CheckpointKeyError(CheckpointError, KeyError):
     def __init__(self, where: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
         missing, unexpected = sorted(missing), sorted(unexpected)
         kinds = {"missing": missing, "unexpected": unexpected}
-        parts = [f"{len(names)} {kind} ({_shorten(names)})" for kind, names in kinds.items() if names]
+        parts = [f"{len(names)} {kind} ({shortened(names)})" for kind, names in kinds.items() if names]
         super().__init__(
             f"{where}: the tensors do not fit the model config: {'; '.join(parts)}. "
             "Check that the checkpoint and the model config are of the same architecture."
@@ -50,7 +50,7 @@ class CheckpointShapeError(CheckpointError, ValueError):
     ) -> None:
         rows = [f"{name}: expected {list(expected)}, got {list(got)}" for name, expected, got in mismatches]
         super().__init__(
-            f"{where}: {len(rows)} tensor(s) of the wrong shape ({_shorten(rows)}). "
+            f"{where}: {len(rows)} tensor(s) of the wrong shape ({shortened(rows)}). "
             "Check that the checkpoint and the model config are of the same architecture."
         )
 
@@ -79,6 +79,7 @@ class DataError(MassExportError, ValueError):
     """Evaluation images or labels cannot be read or do not fit the tasks."""
 
 
-def _shorten(names: list[str], limit: int = 8) -> str:
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def shortened(names: Sequence[str], limit: int = 8, separator: str = ", ") -> str:
+    """The first `limit` names, and how many more there are."""
+    more = f"{separator}and {len(names) - limit} more" if len(names) > limit else ""
+    return separator.join(names[:limit]) + more

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from mass_export.checkpoints import float32_parameters
-from mass_export.errors import CheckpointError, HeadError
+from mass_export.errors import CheckpointError, HeadError, shortened
 from mass_export.recipe import HeadRecipe
 from mass_export.tensor_files import open_tensors
 
@@ -42,9 +42,8 @@ def load_head(recipe: HeadRecipe, task: str, classes: Sequence[str], embed_dim: 
         raise HeadError(message if message.startswith(where) else f"task {task}: head: {message}") from error
     missing = [name for name in wanted if name not in found]
     if missing:
-        raise HeadError(
-            f"{where}: no tensor {' and no '.join(map(repr, missing))}; it holds {_listing(tensors)}."
-        )
+        named = " and no ".join(map(repr, missing))
+        raise HeadError(f"{where}: no tensor {named}; it holds {shortened(sorted(tensors))}.")
     weight = found[recipe.tensor]
     bias = None if recipe.bias is None else found[recipe.bias]
     _check_shape(f"{where}: {recipe.tensor}", weight, (len(classes), embed_dim))
@@ -68,9 +67,3 @@ def _check_shape(where: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     else:
         advice = "give the tensor of a linear head"
     raise HeadError(f"{where}: expected shape {list(expected)} (classes first), got {list(got)}: {advice}.")
-
-
-def _listing(tensors: Mapping[str, Tensor], limit: int = 20) -> str:
-    names = sorted(tensors)
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -1,0 +1,210 @@
+"""The merged artifact: one self-describing safetensors file with everything that export needs.
+
+The header's metadata holds `format`, `schema_version` and `info` (an `ArtifactInfo` in JSON). Tensors:
+
+    base.<parameter>                     the base tower
+    merged.<parameter>                   the tower of the first pass; absent when base_merge is zeroshot
+    tasks.<task>.<parameter>.u|s|vh      factors of a matrix' delta: [D_out, R], [R], [R, D_in]
+    tasks.<task>.<parameter>.delta       the delta of a vector parameter
+    router.<task>.vh                     the router's basis: [R, D]
+    heads.<task>.weight|bias             [C, E], [C]; the bias is optional
+
+Tensors are float32, float16 or bfloat16 in the file, and float32 once read. Equal artifacts give equal bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mass_export.artifact_header import info_from_metadata, metadata_from_info
+from mass_export.errors import ArtifactError, shortened
+from mass_export.heads import Head
+from mass_export.low_rank import LowRank
+from mass_export.safetensors_writer import write_safetensors
+from mass_export.spec import ArtifactInfo
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ANY_RANK = -1
+
+
+@dataclass(frozen=True)
+class TaskFactors:
+    """A task vector: its matrices as factors, its vector parameters as whole deltas."""
+
+    matrices: dict[str, LowRank]
+    vectors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What `mass merge` makes.
+
+    Attributes:
+        base: parameters of the base tower.
+        merged: parameters of the first pass' tower; empty when it is the base (`base_merge: zeroshot`).
+        tasks: factors, in the order of `info.tasks`, as are all that follow.
+        router_bases: orthonormal rows. T times [R, D]
+        heads: one per task.
+    """
+
+    info: ArtifactInfo
+    base: dict[str, Tensor]
+    merged: dict[str, Tensor]
+    tasks: tuple[TaskFactors, ...]
+    router_bases: tuple[Tensor, ...]
+    heads: tuple[Head, ...] = field(default=())
+
+
+def write_artifact(path: Path, artifact: Artifact) -> None:
+    """Check and write an artifact, all or nothing.
+
+    Raises:
+        ArtifactError: the tensors do not fit the header, or the file cannot be written.
+    """
+    tensors = _tensors_from_artifact(artifact)
+    _check_layout(tensors, artifact.info, str(path))
+    _check_values(tensors, str(path))
+    try:
+        write_safetensors(path, tensors, metadata_from_info(artifact.info))
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Read and check an artifact; float32 tensors may be mapped from the file.
+
+    Raises:
+        ArtifactError: no such file, damaged, no artifact, of another schema version, or inconsistent.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file; give the artifact that mass merge wrote.")
+    try:
+        file = cast("Any", safe_open(path, framework="pt"))
+        info = info_from_metadata(file.metadata(), str(path))
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path}: not a complete safetensors file ({error}); copy or merge it again."
+        ) from error
+    _check_layout(tensors, info, str(path))
+    tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    _check_values(tensors, str(path))
+    return _artifact_from_tensors(info, tensors)
+
+
+def _tensors_from_artifact(artifact: Artifact) -> dict[str, Tensor]:
+    names = [task.name for task in artifact.info.tasks]
+    counts = {len(artifact.tasks), len(artifact.router_bases), len(artifact.heads)}
+    if counts != {len(names)}:
+        raise ArtifactError(f"{len(names)} tasks, but factors, router bases and heads for {sorted(counts)}.")
+    tensors = {f"base.{name}": tensor for name, tensor in artifact.base.items()}
+    tensors |= {f"merged.{name}": tensor for name, tensor in artifact.merged.items()}
+    rows = zip(names, artifact.tasks, artifact.router_bases, artifact.heads, strict=True)
+    for task, factors, router_basis, head in rows:
+        for name, matrix in factors.matrices.items():
+            stem = f"tasks.{task}.{name}"
+            tensors |= {f"{stem}.u": matrix.u, f"{stem}.s": matrix.s, f"{stem}.vh": matrix.vh}
+        tensors |= {f"tasks.{task}.{name}.delta": delta for name, delta in factors.vectors.items()}
+        tensors |= {f"router.{task}.vh": router_basis, f"heads.{task}.weight": head.weight}
+        if head.bias is not None:
+            tensors[f"heads.{task}.bias"] = head.bias
+    return tensors
+
+
+def _artifact_from_tensors(info: ArtifactInfo, tensors: Mapping[str, Tensor]) -> Artifact:
+    shapes, matrices = info.vision.parameter_shapes(), info.vision.matrix_names()
+
+    def factors(task: str) -> TaskFactors:
+        stem = f"tasks.{task}."
+        return TaskFactors(
+            {
+                name: LowRank(*(tensors[f"{stem}{name}.{part}"] for part in ("u", "s", "vh")))
+                for name in matrices
+            },
+            {name: tensors[f"{stem}{name}.delta"] for name in shapes if name not in matrices},
+        )
+
+    names = [task.name for task in info.tasks]
+    return Artifact(
+        info=info,
+        base={name: tensors[f"base.{name}"] for name in shapes},
+        merged={name: tensors[f"merged.{name}"] for name in shapes if f"merged.{name}" in tensors},
+        tasks=tuple(factors(name) for name in names),
+        router_bases=tuple(tensors[f"router.{name}.vh"] for name in names),
+        heads=tuple(Head(tensors[f"heads.{n}.weight"], tensors.get(f"heads.{n}.bias")) for n in names),
+    )
+
+
+def _expected_shapes(info: ArtifactInfo) -> dict[str, tuple[int, ...]]:
+    """Every tensor that may be there; a rank is _ANY_RANK."""
+    vision = info.vision
+    shapes, matrices = vision.parameter_shapes(), set(vision.matrix_names())
+    expected = {f"base.{name}": shape for name, shape in shapes.items()}
+    if info.merge.base_merge != "zeroshot":
+        expected |= {f"merged.{name}": shape for name, shape in shapes.items()}
+    for task in info.tasks:
+        for name, shape in shapes.items():
+            stem = f"tasks.{task.name}.{name}"
+            if name in matrices:
+                expected[f"{stem}.u"] = (shape[0], _ANY_RANK)
+                expected[f"{stem}.s"] = (_ANY_RANK,)
+                expected[f"{stem}.vh"] = (_ANY_RANK, shape[1])
+            else:
+                expected[f"{stem}.delta"] = shape
+        expected[f"router.{task.name}.vh"] = (_ANY_RANK, vision.width)
+        expected[f"heads.{task.name}.weight"] = (len(task.classes), vision.embed_dim)
+        expected[f"heads.{task.name}.bias"] = (len(task.classes),)
+    return expected
+
+
+def _check_layout(tensors: Mapping[str, Tensor], info: ArtifactInfo, where: str) -> None:
+    """Compare names, shapes, ranks and dtypes with the header; every problem is named at once."""
+    expected = _expected_shapes(info)
+    optional = {f"heads.{task.name}.bias" for task in info.tasks}
+    problems = [f"{name} is missing" for name in sorted(set(expected) - set(tensors) - optional)]
+    problems += [f"{name} is unexpected" for name in sorted(set(tensors) - set(expected))]
+    for name, tensor in tensors.items():
+        got, shape = tuple(tensor.shape), expected.get(name, tuple(tensor.shape))
+        if len(got) != len(shape) or any(a not in (b, _ANY_RANK) for a, b in zip(shape, got, strict=True)):
+            problems.append(f"{name}: expected shape {_shape_text(shape)}, got {list(got)}")
+        if tensor.dtype not in DTYPES:
+            problems.append(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
+    if not problems:
+        problems = _rank_problems(tensors)
+    if problems:
+        raise ArtifactError(
+            f"{where}: the tensors do not fit the header: {shortened(problems, separator='; ')}. "
+            "Copy or merge the artifact again."
+        )
+
+
+def _rank_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    for name in tensors:
+        if name.startswith("tasks.") and name.endswith(".s"):
+            stem = name.removesuffix(".s")
+            u, s, vh = (tensors[f"{stem}.{part}"] for part in ("u", "s", "vh"))
+            if not u.shape[1] == s.shape[0] == vh.shape[0]:
+                problems.append(
+                    f"{stem}: u, s and vh have the ranks {u.shape[1]}, {s.shape[0]} and {vh.shape[0]}"
+                )
+    return problems
+
+
+def _check_values(tensors: Mapping[str, Tensor], where: str) -> None:
+    bad = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    if bad:
+        raise ArtifactError(
+            f"{where}: NaN or infinite values in {shortened(bad)}. Merge again from sound checkpoints."
+        )
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join('R' if size == _ANY_RANK else str(size) for size in shape)}]"
