@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mass_export.artifact import TaskFactors
 from mass_export.checkpoints import load_checkpoint
 from mass_export.datasets import DEFAULT_SPLIT, LabelledImages, find_images, load_labelled_images
 from mass_export.heads import Head, load_head
-from mass_export.merge import factorize_task, merge_first_pass
+from mass_export.merge import merge
 from mass_export.progress import Progress
 from mass_export.recipe import Recipe
-from mass_export.spec import TaskInfo, VisionSpec
+from mass_export.spec import MergeSettings, TaskInfo, VisionSpec
 from mass_export.task_vectors import compute_task_vector
 from mass_export.vit import encode
 from runtime.bundle import PreprocessSpec
@@ -120,15 +119,11 @@ def evaluate_baselines(
     base = load_checkpoint(recipe.base, recipe.vision)
     delta_sum = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in base.items()}
     own: dict[str, float] = {}
-    factors: list[TaskFactors] = []
     images = {info.name: load_labelled_images(data, info, split) for info in infos}
     for task, head in zip(progress.track(recipe.tasks, "Fine-tuned models"), heads, strict=True):
         params = load_checkpoint(task.checkpoint, recipe.vision)
         own[task.name] = head_accuracy(params, head, images[task.name], recipe.vision, recipe.preprocess)
-        task_vector = compute_task_vector(params, base)
-        at_own_rank = dataclasses.replace(task, rank_ratio=1 / len(recipe.tasks), rank=None)
-        factors.append(factorize_task(task_vector, recipe, at_own_rank))
-        for name, delta in task_vector.items():
+        for name, delta in compute_task_vector(params, base).items():
             delta_sum[name] += delta
 
     def accuracies(params: Mapping[str, Tensor], chosen: Mapping[str, LabelledImages]) -> dict[str, float]:
@@ -137,7 +132,7 @@ def evaluate_baselines(
             for info, head in zip(infos, heads, strict=True)
         }
 
-    merged = merge_first_pass(base, factors, delta_sum, "tsvm", progress)
+    merged = merge(tsvm_recipe(recipe), progress).merged
     coefficient, settings = DEFAULT_COEFFICIENT, {"coefficient": DEFAULT_COEFFICIENT, "chosen_on": None}
     if all(find_images(data, info.name, choose_on) for info in infos):
         choice = {
@@ -154,6 +149,15 @@ def evaluate_baselines(
         Baseline("base", accuracies(base, images)),
         Baseline("task_arithmetic", accuracies(add_scaled(base, delta_sum, coefficient), images), settings),
         Baseline("tsvm", accuracies(merged, images), {"rank_ratio": 1 / len(recipe.tasks)}),
+    )
+
+
+def tsvm_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with TSV-M's own settings, whatever it says itself."""
+    ratio = 1 / len(recipe.tasks)
+    tasks = tuple(dataclasses.replace(task, rank_ratio=ratio, rank=None) for task in recipe.tasks)
+    return dataclasses.replace(
+        recipe, tasks=tasks, rank_ratio=ratio, rank=None, merge=MergeSettings(), base_merge_file=None
     )
 
 

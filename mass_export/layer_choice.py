@@ -1,7 +1,7 @@
 """Which block should the router read? Measured on validation images, never on test images.
 
 One pass of the first-pass model gives the residuals of every block. What the second pass would answer is
-worked out once for each pair of an image and a task set that some block leads to, with densely merged weights.
+worked out once for each pair of an image and a task set that some block leads to, with dense merged weights.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def with_layer(recipe: Recipe, score: LayerScore) -> Recipe:
 
 
 def select(artifact: Artifact, residuals: NDArray[np.float32], mode: GateMode) -> Selection:
-    """Task sets from residuals [n, T] of one layer; sets are scored with equal weights, whatever their gates."""
+    """Task sets from the residuals [n, T] of one layer; their members count alike, whatever their gates."""
     router = artifact.info.router
     gates = gates_from_residuals(residuals, mode, router.temperature)
     return select_tasks(gates, mode, router.threshold, router.max_tasks)
