@@ -14,7 +14,7 @@ Tensors are float32, float16 or bfloat16 in the file, and float32 once read. Equ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -60,6 +60,20 @@ class Artifact:
     tasks: tuple[TaskFactors, ...]
     router_bases: tuple[Tensor, ...]
     heads: tuple[Head, ...] = field(default=())
+
+
+def check_destination(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuse, before any work is done, a place where an artifact cannot or should not be written.
+
+    Raises:
+        ArtifactError: its directory does not exist, it is a directory, or it is one of the inputs.
+    """
+    if not path.parent.is_dir():
+        raise ArtifactError(f"{path}: the directory {path.parent} does not exist; make it first.")
+    if path.is_dir():
+        raise ArtifactError(f"{path}: is a directory; give the name of a file to write.")
+    if path.resolve() in {given.resolve() for given in inputs}:
+        raise ArtifactError(f"{path}: is an input of the merge; give another name for its result.")
 
 
 def write_artifact(path: Path, artifact: Artifact) -> None:
