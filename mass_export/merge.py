@@ -23,8 +23,13 @@ from runtime.bundle import sha256_of_file
 SITE_PARAMETER = {"mlp": "mlp.c_fc.weight", "attn": "attn.in_proj_weight"}
 
 
-def merge(recipe: Recipe, progress: Progress) -> Artifact:
+def merge(recipe: Recipe, progress: Progress, dtype: torch.dtype = torch.float32) -> Artifact:
     """Factorise every task of the recipe, merge the first pass, and collect what export needs.
+
+    Args:
+        recipe: what to merge.
+        progress: where to show it.
+        dtype: of the result; everything is computed in float64 and rounded once, at the end.
 
     Raises:
         MassExportError: any input is missing, damaged or does not fit; nothing is written.
@@ -36,16 +41,16 @@ def merge(recipe: Recipe, progress: Progress) -> Artifact:
     delta_sum = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in base.items()}
     for task in progress.track(recipe.tasks, "Factorising tasks"):
         task_vector = compute_task_vector(load_checkpoint(task.checkpoint, recipe.vision), base)
-        factors = factorize_task(task_vector, recipe, task)
+        factors = factorize_task(task_vector, recipe, task, dtype)
         tasks.append(factors)
-        router_bases.append(_router_basis(task_vector, factors, recipe.router))
+        router_bases.append(_router_basis(task_vector, factors, recipe.router, dtype))
         for name, delta in task_vector.items():
             delta_sum[name] += delta
     if recipe.base_merge_file is not None:
         merged = load_checkpoint(recipe.base_merge_file, recipe.vision)
     else:
         assert recipe.merge.base_merge != "file"
-        merged = merge_first_pass(base, tasks, delta_sum, recipe.merge.base_merge, progress)
+        merged = merge_first_pass(base, tasks, delta_sum, recipe.merge.base_merge, progress, dtype)
     info = ArtifactInfo(
         vision=recipe.vision,
         preprocess=recipe.preprocess,
@@ -58,16 +63,18 @@ def merge(recipe: Recipe, progress: Progress) -> Artifact:
     return Artifact(info, base, merged, tuple(tasks), tuple(router_bases), heads)
 
 
-def factorize_task(task_vector: dict[str, Tensor], recipe: Recipe, task: TaskRecipe) -> TaskFactors:
-    """Split a task vector (float64) into low-rank matrices and whole vector deltas (float32)."""
+def factorize_task(
+    task_vector: dict[str, Tensor], recipe: Recipe, task: TaskRecipe, dtype: torch.dtype = torch.float32
+) -> TaskFactors:
+    """Split a task vector (float64) into low-rank matrices and whole vector deltas."""
     matrices: dict[str, LowRank] = {}
     vectors: dict[str, Tensor] = {}
     for name, delta in task_vector.items():
         if is_matrix(delta):
             ratio, rank = _rank_setting(recipe, task)
-            matrices[name] = factorize(delta, rank_of(tuple(delta.shape), ratio, rank)).to(torch.float32)
+            matrices[name] = factorize(delta, rank_of(tuple(delta.shape), ratio, rank)).to(dtype)
         else:
-            vectors[name] = delta.float()
+            vectors[name] = delta.to(dtype)
     return TaskFactors(matrices, vectors)
 
 
@@ -78,13 +85,13 @@ def _rank_setting(recipe: Recipe, task: TaskRecipe) -> tuple[float | None, int |
     return recipe.rank_ratio, recipe.rank
 
 
-def _router_basis(task_vector: dict[str, Tensor], factors: TaskFactors, router: RouterSettings) -> Tensor:
+def _router_basis(task_vector: dict[str, Tensor], factors: TaskFactors, router: RouterSettings, dtype: torch.dtype) -> Tensor:
     """vh of the matrix that reads the routing site, at the router's own rank if it has one. [R, D]"""
     assert router.layer is not None
     name = f"transformer.resblocks.{router.layer}.{SITE_PARAMETER[router.site]}"
     if router.rank is None:
         return factors.matrices[name].vh
-    return factorize(task_vector[name], min(router.rank, min(task_vector[name].shape))).vh.float().contiguous()
+    return factorize(task_vector[name], min(router.rank, min(task_vector[name].shape))).vh.to(dtype).contiguous()
 
 
 def merge_first_pass(
@@ -93,6 +100,7 @@ def merge_first_pass(
     delta_sum: dict[str, Tensor],
     method: BaseMerge,
     progress: Progress,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """The fixed merge of the first pass (MASS.md section 2).
 
@@ -100,7 +108,7 @@ def merge_first_pass(
     get the mean of the deltas in each. `zeroshot` is the base itself, returned as an empty dict: no second copy.
 
     Returns:
-        parameters of the first pass, float32.
+        parameters of the first pass.
     """
     if method == "zeroshot":
         return {}
@@ -113,7 +121,7 @@ def merge_first_pass(
             delta = merge_tsvm([task.matrices[name] for task in tasks], name)
         else:
             delta = merge_isotropic(delta_sum[name])
-        merged[name] = (parameter.double() + delta).float()
+        merged[name] = (parameter.double() + delta).to(dtype)
     return merged
 
 
