@@ -16,7 +16,7 @@ from PIL import Image
 SIZE = 32
 WHITE = (255, 255, 255)
 _ROWS_AT_ONCE = 500
-# Parts that were larger than needed were sampled, one after the other from one stream: task, size of the part.
+# Parts larger than needed were sampled, one after the other from one stream: task, size of the part.
 _SAMPLED_PARTS = (
     ("mnist", 60_000),
     ("mnist", 10_000),

@@ -1,8 +1,8 @@
 """Fetches the packages the zoo is made of, through the ordinary clients of their registries.
 
 Each `fetch_*` returns the folder of the unpacked package. A package is downloaded into a temporary folder and
-renamed when it is complete, so an interrupted run is simply started again: what is there is not fetched twice,
-and half a package is never mistaken for a whole one.
+renamed when it is complete, so an interrupted run is simply started again: what is there is not fetched
+twice, and half a package is never mistaken for a whole one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Silhouettes of ten animals: Animal-MNIST from PyPI; no test animal is a train animal or its mirror image."""
+"""Silhouettes of ten animals, from PyPI's Animal-MNIST; no test animal is a train animal mirrored or not."""
 
 from __future__ import annotations
 

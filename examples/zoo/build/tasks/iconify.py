@@ -20,8 +20,8 @@ class IconSet:
 
     Attributes:
         prefix: its name within Iconify
-        icons: icon name -> its SVG body, and its box where that differs from the set's; includes untransformed aliases
-        aliases: those names of `icons` that only stand for another icon
+        icons: icon name -> its SVG body, and its box where that differs from the set's
+        aliases: those names in `icons` that only stand for another icon
         content: the set's JSON file
     """
 
@@ -50,7 +50,9 @@ class IconSet:
 
 def load_collections(package: Path) -> dict[str, dict[str, Any]]:
     """Reads what Iconify tells of each set: prefix -> name, author, licence, category."""
-    collections: dict[str, dict[str, Any]] = json.loads((package / "collections.json").read_text(encoding="utf-8"))
+    collections: dict[str, dict[str, Any]] = json.loads(
+        (package / "collections.json").read_text(encoding="utf-8")
+    )
     return collections
 
 
@@ -59,7 +61,11 @@ def load_icon_set(package: Path, prefix: str) -> IconSet:
     content = json.loads((package / "json" / f"{prefix}.json").read_text(encoding="utf-8"))
     icons, aliases = dict(content["icons"]), set()
     for name, alias in content.get("aliases", {}).items():
-        if alias.get("parent") in icons and not alias.keys() & {"rotate", "hFlip", "vFlip"} and name not in icons:
+        if (
+            alias.get("parent") in icons
+            and not alias.keys() & {"rotate", "hFlip", "vFlip"}
+            and name not in icons
+        ):
             icons[name] = icons[alias["parent"]]
             aliases.add(name)
     return IconSet(prefix, icons, frozenset(aliases), content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,7 @@ SAME_DRAWING = 0.95
 
 
 def build(sources: Sources) -> TaskArrays:
-    """Renders each set's icons of the concepts, splits by design family, drops test icons that resemble a train icon."""
+    """Renders the icons, splits them by design family, and drops test icons that resemble a train icon."""
     package = sources.npm(PACKAGE)
     images, labels, families = [], [], []
     for prefix in usable_sets(package):
@@ -137,7 +138,10 @@ def build(sources: Sources) -> TaskArrays:
     drawn = draw_groups(np.arange(len(names)), sizes, np.random.default_rng(SEED), TEST_SHARE * len(images))
     is_test = np.isin(family_numbers, drawn)
     arrays = split_arrays(np.stack(images), np.array(labels), is_test, CLASSES, family_numbers)
-    return arrays
+    different = highest_correlation(arrays.test_images, arrays.train_images) <= SAME_DRAWING
+    return replace(
+        arrays, test_images=arrays.test_images[different], test_labels=arrays.test_labels[different]
+    )
 
 
 def usable_sets(package: Path) -> list[str]:

@@ -28,21 +28,27 @@ from ..downloads import Sources
 
 SEED = 0
 CLASSES = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-FONT_PACKAGES = """
-    3270 adf-baskervald adf-gillius adf-irianis adf-mekanus adf-oldania adf-romande adf-solothurn adf-verana aenigma
-    allerta apropal arapey atarismall averia-gwf averia-sans-gwf averia-serif-gwf b612 bajaderka bebas-neue beteckna
-    blankenburg breip bwht cabinsketch campania cantarell cardo century-catalogue comfortaa comic-neue courier-prime
-    dancingscript dejavu-core dkg-handwriting dosis dustin ebgaramond ecolier-court engadget essays1743 eurofurence
-    f500 fantasma fantasque-sans fanwood femkeklaver georgewilliams gnutypewriter gotico-antiqua goudybookletter
-    havana humor-sans inconsolata isabella joscelyn jura karla kaushanscript klaudia-berenika kristi le-murmure
-    league-spartan leckerli-one levien-museum levien-typoscript liberation2 lindenhill linuxlibertine lobster
-    lobstertwo monofur national-park ocr-a ocr-b okolaks oldstandard opendin opendyslexic play prociono radisnoir
-    routed-gothic rufscript sixtyfour sjfonts staypuft summersby tomsontalks tuffy uniol yanone-kaffeesatz
-""".split()
+# fmt: off
+FONT_PACKAGES = (
+    "3270", "adf-baskervald", "adf-gillius", "adf-irianis", "adf-mekanus", "adf-oldania", "adf-romande",
+    "adf-solothurn", "adf-verana", "aenigma", "allerta", "apropal", "arapey", "atarismall", "averia-gwf",
+    "averia-sans-gwf", "averia-serif-gwf", "b612", "bajaderka", "bebas-neue", "beteckna", "blankenburg",
+    "breip", "bwht", "cabinsketch", "campania", "cantarell", "cardo", "century-catalogue", "comfortaa",
+    "comic-neue", "courier-prime", "dancingscript", "dejavu-core", "dkg-handwriting", "dosis", "dustin",
+    "ebgaramond", "ecolier-court", "engadget", "essays1743", "eurofurence", "f500", "fantasma",
+    "fantasque-sans", "fanwood", "femkeklaver", "georgewilliams", "gnutypewriter", "gotico-antiqua",
+    "goudybookletter", "havana", "humor-sans", "inconsolata", "isabella", "joscelyn", "jura", "karla",
+    "kaushanscript", "klaudia-berenika", "kristi", "le-murmure", "league-spartan", "leckerli-one",
+    "levien-museum", "levien-typoscript", "liberation2", "lindenhill", "linuxlibertine", "lobster",
+    "lobstertwo", "monofur", "national-park", "ocr-a", "ocr-b", "okolaks", "oldstandard", "opendin",
+    "opendyslexic", "play", "prociono", "radisnoir", "routed-gothic", "rufscript", "sixtyfour", "sjfonts",
+    "staypuft", "summersby", "tomsontalks", "tuffy", "uniol", "yanone-kaffeesatz",
+)
+# fmt: on
 SLANTED = re.compile(r"[Ii]talic|[Oo]blique")
 STYLE_SUFFIX = re.compile(
-    r"[-_ ]?(bold|italic|oblique|regular|medium|light|heavy|black|semibold|demi|book|roman|it|bd|rg|r|b|i|bi|extra"
-    r"|thin|ultra|\d+)+$",
+    r"[-_ ]?(bold|italic|oblique|regular|medium|light|heavy|black|semibold|demi|book|roman|it|bd|rg|r|b|i|bi"
+    r"|extra|thin|ultra|\d+)+$",
     re.IGNORECASE,
 )
 SAME_DESIGN = 0.93
@@ -70,7 +76,7 @@ def build(sources: Sources) -> TaskArrays:
 
 
 def render_fonts(sources: Sources) -> tuple[Images, list[tuple[str, str]]]:
-    """Renders the upright fonts that have all letters: images [F, 26, 32, 32], and (package, family name) of each."""
+    """Renders the upright fonts that have all letters: [F, 26, 32, 32], and (package, family) of each."""
     glyphs, families = [], []
     for name in FONT_PACKAGES:
         root = sources.apt(f"fonts-{name}")
@@ -133,7 +139,7 @@ def render_glyph(font: ImageFont.FreeTypeFont, letter: str) -> Images | None:
 
 
 def family_name(path: Path) -> str:
-    """Returns a font file's name without its style (`Karla-BoldItalic.ttf` -> `karla`), at most 10 letters."""
+    """Returns a font file's name without its style (`Karla-Bold.ttf` -> `karla`), at most 10 letters."""
     return STYLE_SUFFIX.sub("", path.stem).lower()[:10]
 
 

@@ -90,13 +90,14 @@ def unit_of(name: str, names: set[str]) -> str:
         names: all of the race's files
 
     Returns:
-        the sub-folder; or the shortest beginning of the name (in words) that is itself a file, else the first word
+        the sub-folder; or the shortest beginning of the name that is itself a file, else the first word
     """
     folder, _, _ = name.rpartition("/")
     if folder:
-        unit = folder.split("/")[0]
-        return unit.split("-")[0].split("+")[0] if unit.split("-")[0] in names else unit
-    words = name.split("+")[0].split("-")
+        unit, _, _ = folder.partition("/")
+        first_word, _, _ = unit.partition("-")
+        return first_word.partition("+")[0] if first_word in names else unit
+    words = name.partition("+")[0].split("-")
     beginnings = ["-".join(words[:count]) for count in range(1, len(words) + 1)]
     return next((beginning for beginning in beginnings if beginning in names), words[0])
 
