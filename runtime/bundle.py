@@ -226,8 +226,8 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
     if fault := router_fault(manifest.router):
         raise BundleError(f"{where}: router: {fault}.")
     spec = manifest.preprocess
-    if min(spec.image_size) < 1 or not all(map(math.isfinite, spec.mean + spec.std)) or min(spec.std) <= 0:
-        raise BundleError(f"{where}: preprocess: image_size and std must be positive, mean and std finite.")
+    if min(spec.image_size) < 1 or min(spec.std) <= 0:
+        raise BundleError(f"{where}: preprocess: image_size and std must be positive.")
     if set(manifest.passes) != {FIRST_PASS, SECOND_PASS}:
         raise BundleError(
             f"{where}: passes must be {FIRST_PASS} and {SECOND_PASS}, got {sorted(manifest.passes)}."
@@ -302,8 +302,8 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     elif origin is not None:
         made = _typed_generic(kind, origin, value, where)
     elif kind is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _MAX_FLOAT:
-            raise BundleError(f"{where}: expected a number, got {_shortened(value)}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_FLOAT:
+            raise BundleError(f"{where}: expected a finite number, got {_shortened(value)}.")
         made = float(value)
     else:
         if kind is not Any and (

@@ -1,0 +1,279 @@
+"""The classifier: images in, tasks and labels out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import typing
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.backends import Provider, open_sessions
+from runtime.bundle import (
+    GateMode,
+    HeadChoice,
+    RouterSpec,
+    Verify,
+    check_files,
+    read_manifest,
+    router_fault,
+)
+from runtime.cores import CoreCache
+from runtime.errors import BackendError, InputError
+from runtime.prediction import ForwardResult, Prediction, joined, predictions_from_result
+from runtime.preprocess import ImageSource, pixel_values_from_images
+from runtime.routing import Selection, answer, gates_from_residuals, select_tasks
+from runtime.second_pass import run_second_pass
+
+__all__ = ["Classifier", "ForwardResult", "Prediction"]
+
+
+class Classifier:
+    """One model for all tasks of a bundle. Thread-safe; a context manager.
+
+    Attributes:
+        provider: where it runs: `cpu`, `cuda` or `tensorrt`.
+        tasks: names, in the order of every T axis.
+        classes: labels of each task, in the order of its head's logits.
+        router: settings in use.
+        manifest: of the bundle.
+    """
+
+    def __init__(
+        self,
+        bundle_dir: str | os.PathLike[str],
+        provider: Provider = "auto",
+        *,
+        num_threads: int | None = None,
+        verify: Verify = "full",
+        mode: GateMode | None = None,
+        threshold: float | None = None,
+        temperature: float | None = None,
+        max_tasks: int | None = None,
+        head_choice: HeadChoice | None = None,
+        batch_size: int = 32,
+        core_cache_sets: int = 64,
+    ) -> None:
+        """Load and check a bundle.
+
+        Args:
+            bundle_dir: directory that mass-export wrote.
+            provider: `auto` takes CUDA where it starts, else the CPU; any other is taken or is an error.
+            num_threads: threads within an operator on the CPU; None lets the backend choose.
+            verify: compare `full` checksums, or only the `size` of each file.
+            mode: of the gates, `topk`, `top1` or `weighted`; this and the next four replace the bundle's.
+            threshold: a task is kept when its gate is greater, in [0, 1).
+            temperature: divides the (standardised) residuals before the softmax, > 0.
+            max_tasks: cap of `topk`, >= 1.
+            head_choice: heads of a set compete by their `max` or `mean` logit.
+            batch_size: images that are in work at a time.
+            core_cache_sets: distinct sets of tasks whose cores are kept, see `CoreCache`.
+
+        Raises:
+            BundleError: the bundle is missing, damaged or of another version.
+            BackendError: the provider is not available or refuses the graphs.
+            InputError: a setting is out of range.
+        """
+        directory = Path(bundle_dir)
+        for name, count in {"batch_size": batch_size, "core_cache_sets": core_cache_sets}.items():
+            _require_count(name, count)
+        if num_threads is not None:
+            _require_count("num_threads", num_threads)
+        _require_choice("provider", provider, Provider)
+        _require_choice("verify", verify, Verify)
+        self.manifest = read_manifest(directory)
+        self.router = _overridden(
+            self.manifest.router,
+            mode=mode,
+            threshold=threshold,
+            temperature=temperature,
+            max_tasks=max_tasks,
+            head_choice=head_choice,
+        )
+        check_files(directory, self.manifest.files, verify)
+        self.tasks = tuple(task.name for task in self.manifest.tasks)
+        self.classes = {task.name: task.classes for task in self.manifest.tasks}
+        self._directory = directory
+        self._batch_size = batch_size
+        matrices = self.manifest.matrices if self.manifest.compose == "tsvm" else ()
+        self._cores = CoreCache(directory, matrices, core_cache_sets)
+        self._first, self._second = open_sessions(directory, self.manifest, provider, num_threads)
+        self.provider = self._second.provider
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"Classifier({str(self._directory)!r}, provider={self.provider!r}, tasks={list(self.tasks)})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the graphs. Later calls raise; those under way in other threads may still finish."""
+        self._closed = True
+        self._first.close()
+        self._second.close()
+
+    def predict(
+        self, images: Iterable[ImageSource], tasks: Iterable[str] | None = None, top_k: int = 5
+    ) -> list[Prediction]:
+        """Classify images, `batch_size` at a time.
+
+        Args:
+            images: any iterable of paths, Pillow images, or uint8 arrays [H, W], [H, W, 3] or [H, W, 4].
+            tasks: names of the tasks that may answer, None for all. With one there is no first pass.
+            top_k: alternatives for each image, at most.
+
+        Returns:
+            One prediction for each image, in order; none for no images.
+
+        Raises:
+            InputError: an image cannot be read (it is named), or a task or `top_k` is unknown or unfit.
+            BackendError: the backend failed, or the classifier is closed.
+        """
+        return list(self.predict_iter(images, tasks, top_k))
+
+    def predict_iter(
+        self, images: Iterable[ImageSource], tasks: Iterable[str] | None = None, top_k: int = 5
+    ) -> Iterator[Prediction]:
+        """Like `predict`, but lazy: at most `batch_size` images are in memory."""
+        self._require_open()
+        single = isinstance(images, str | os.PathLike) or (isinstance(images, np.ndarray) and images.ndim < 4)
+        if single or not isinstance(images, Iterable):
+            raise InputError(
+                f"images: expected several, got one {type(images).__name__}; put it into a list."
+            )
+        _require_count("top_k", top_k)
+        return self._predictions(iter(images), self._allowed(tasks), top_k)
+
+    def _predictions(
+        self, images: Iterator[ImageSource], allowed: tuple[int, ...] | None, top_k: int
+    ) -> Iterator[Prediction]:
+        done = 0
+        while batch := list(islice(images, self._batch_size)):
+            pixel_values = pixel_values_from_images(batch, self.manifest.preprocess, first_index=done)
+            result = self._forward(pixel_values, allowed)
+            yield from predictions_from_result(result, self.manifest.tasks, top_k)
+            done += len(batch)
+
+    def forward(self, pixel_values: NDArray[np.float32], tasks: Iterable[str] | None = None) -> ForwardResult:
+        """Run the model on preprocessed images; a sample's result does not depend on its batch.
+
+        Args:
+            pixel_values: normalised RGB, finite. [B, 3, H, W] float32
+            tasks: names of the tasks that may answer, None for all. With one there is no first pass.
+
+        Raises:
+            InputError: another type, shape or dtype, an empty batch, NaN or infinity, or an unknown task.
+            BackendError: the backend failed, or the classifier is closed.
+        """
+        self._require_open()
+        self._require_pixel_values(pixel_values)
+        allowed = self._allowed(tasks)
+        starts = range(0, len(pixel_values), self._batch_size)
+        parts = [self._forward(pixel_values[i : i + self._batch_size], allowed) for i in starts]
+        return parts[0] if len(parts) == 1 else joined(parts)
+
+    def _forward(self, pixel_values: NDArray[np.float32], allowed: tuple[int, ...] | None) -> ForwardResult:
+        self._require_open()
+        router, shape = self.router, (len(pixel_values), len(self.tasks))
+        pixel_values = np.ascontiguousarray(pixel_values)
+        residuals: NDArray[np.float32] | None = None
+        if allowed is not None and len(allowed) == 1:
+            gates = np.zeros(shape, np.float32)
+            gates[:, allowed] = 1
+            order = np.broadcast_to([*allowed, *(i for i in range(shape[1]) if i not in allowed)], shape)
+            selection = Selection(gates > 0, order)
+        else:
+            residuals = self._first.run({"pixel_values": pixel_values})["residuals"].astype(np.float32)
+            _require_finite("residuals", residuals)
+            gates = gates_from_residuals(residuals, router.mode, router.temperature, allowed)
+            selection = select_tasks(gates, router.mode, router.threshold, router.max_tasks)
+        logits = run_second_pass(
+            self._second,
+            self.manifest,
+            self._cores,
+            pixel_values=pixel_values,
+            sets=selection.sets(),
+            gates=gates,
+        )
+        _require_finite("logits", logits)
+        task_index, class_index = answer(logits, self.manifest.tasks, selection, router.head_choice)
+        return ForwardResult(residuals, gates, selection.selected, logits, task_index, class_index)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise BackendError("the classifier is closed; make a new one.")
+
+    def _require_pixel_values(self, pixel_values: object) -> None:
+        wanted = (3, *self.manifest.preprocess.image_size)
+        if not isinstance(pixel_values, np.ndarray):
+            raise InputError(f"pixel_values: expected a numpy array, got {type(pixel_values).__name__}.")
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != wanted:
+            expected = ", ".join(map(str, wanted))
+            raise InputError(f"pixel_values: expected shape [B, {expected}], got {list(pixel_values.shape)}.")
+        if pixel_values.dtype != np.float32:
+            raise InputError(f"pixel_values: expected float32, got {pixel_values.dtype}.")
+        if not len(pixel_values):
+            raise InputError("pixel_values: the batch is empty.")
+        unfit = np.flatnonzero(~np.isfinite(pixel_values).all(axis=(1, 2, 3)))
+        if len(unfit):
+            raise InputError(f"pixel_values: NaN or infinity in image {unfit[0]}.")
+
+    def _allowed(self, tasks: Iterable[str] | None) -> tuple[int, ...] | None:
+        """Indices of the given tasks, ascending; None for all."""
+        if tasks is None:
+            return None
+        if isinstance(tasks, str):
+            raise InputError(f"tasks: expected several names, got one string; write [{tasks!r}].")
+        names = list(tasks)
+        unknown = [repr(name) for name in names if name not in self.tasks]
+        if unknown or not names:
+            fault = f"unknown {', '.join(unknown)}" if unknown else "none given"
+            raise InputError(f"tasks: {fault}; this bundle has {', '.join(self.tasks)}.")
+        if len(set(names)) != len(names):
+            raise InputError(f"tasks: names repeat in {', '.join(names)}.")
+        return tuple(sorted(self.tasks.index(name) for name in names))
+
+
+def _overridden(router: RouterSpec, **overrides: Any) -> RouterSpec:
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in given.items():
+        if name == "max_tasks":
+            _require_count(name, value)
+        elif name in ("threshold", "temperature"):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"{name}: expected a finite number, got {value!r}.")
+        else:
+            _require_choice(name, value, {"mode": GateMode, "head_choice": HeadChoice}[name])
+    router = dataclasses.replace(router, **given)
+    if fault := router_fault(router):
+        raise InputError(f"{fault}.")
+    return router
+
+
+def _require_choice(name: str, value: object, literal: Any) -> None:
+    choices = typing.get_args(literal)
+    if value not in choices:
+        raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value!r}.")
+
+
+def _require_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name}: expected an integer >= 1, got {value!r}.")
+
+
+def _require_finite(name: str, values: NDArray[np.float32]) -> None:
+    if not np.isfinite(values).all():
+        raise BackendError(f"the model gave NaN or infinity in its {name}; run it in a wider precision.")

@@ -1,0 +1,100 @@
+"""What the classifier returns: arrays for a batch, and one `Prediction` for each image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bundle import TaskSpec
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardResult:
+    """What the model computes for a batch.
+
+    Attributes:
+        residuals: distance to each task's subspace, >= 0, lower matches better; None when one task was given,
+            because then there is no first pass. [B, T] float32
+        gates: weight of each task before selection, sum 1. [B, T] float32
+        selected: the set of tasks that was merged for the sample. [B, T] bool
+        logits: every head on the second-pass feature, tasks in order. [B, sum C] float32
+        task_index: the task that answers. [B] int64
+        class_index: its class, within the task. [B] int64
+    """
+
+    residuals: NDArray[np.float32] | None
+    gates: NDArray[np.float32]
+    selected: NDArray[np.bool_]
+    logits: NDArray[np.float32]
+    task_index: NDArray[np.int64]
+    class_index: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image.
+
+    Attributes:
+        task: name of the task that answers.
+        label: its best class.
+        score: softmax probability of the label among the task's classes, 0..1.
+        alternatives: (task, label, score) of the task's best classes, best first; the first is the answer.
+        gates: weight of each task before selection, sum 1.
+        residuals: distance to each task, lower matches better; None when the task was given.
+    """
+
+    task: str
+    label: str
+    score: float
+    alternatives: tuple[tuple[str, str, float], ...]
+    gates: dict[str, float]
+    residuals: dict[str, float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        keys = ("task", "label", "score")
+        named = [dict(zip(keys, alternative, strict=True)) for alternative in self.alternatives]
+        return {**dataclasses.asdict(self), "alternatives": named}
+
+
+def joined(parts: Sequence[ForwardResult]) -> ForwardResult:
+    """Results of consecutive parts of a batch, as one."""
+    residuals = [part.residuals for part in parts if part.residuals is not None]
+    return ForwardResult(
+        residuals=np.concatenate(residuals) if residuals else None,
+        gates=np.concatenate([part.gates for part in parts]),
+        selected=np.concatenate([part.selected for part in parts]),
+        logits=np.concatenate([part.logits for part in parts]),
+        task_index=np.concatenate([part.task_index for part in parts]),
+        class_index=np.concatenate([part.class_index for part in parts]),
+    )
+
+
+def predictions_from_result(result: ForwardResult, tasks: Sequence[TaskSpec], top_k: int) -> list[Prediction]:
+    """Name the answers of a batch.
+
+    Args:
+        result: of the batch.
+        tasks: of the bundle.
+        top_k: alternatives for each image, at most.
+    """
+    names = [task.name for task in tasks]
+    predictions = []
+    for row, task_index in enumerate(result.task_index.tolist()):
+        task = tasks[task_index]
+        logits = result.logits[row, task.start : task.stop].astype(np.float64)
+        exponentials = np.exp(logits - logits.max())
+        scores = exponentials / exponentials.sum()
+        best = np.argsort(-logits, kind="stable")[:top_k]
+        alternatives = tuple((task.name, task.classes[i], float(scores[i])) for i in best)
+        residuals = None
+        if result.residuals is not None:
+            residuals = dict(zip(names, result.residuals[row].tolist(), strict=True))
+        gates = dict(zip(names, result.gates[row].tolist(), strict=True))
+        predictions.append(Prediction(*alternatives[0], alternatives, gates, residuals))
+    return predictions

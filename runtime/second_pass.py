@@ -1,0 +1,96 @@
+"""The second pass over a batch whose samples have different sets: which runs, with which inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bundle import Manifest
+from runtime.cores import CoreCache
+from runtime.session import Session
+
+TaskSet = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of the second-pass graph.
+
+    Attributes:
+        samples: rows of the batch.
+        sets: one set for all samples, or one for each; all of one size.
+    """
+
+    samples: tuple[int, ...]
+    sets: tuple[TaskSet, ...]
+
+
+def plan_second_pass(sets: Sequence[TaskSet], *, own_weights: bool = False) -> list[Run]:
+    """Divide a batch into runs.
+
+    The graph takes sets of one size at a time, so there is one run for each size that occurs, smallest first.
+    When all its samples share one set, that set is given once and its bases are gathered once; else each
+    sample brings its own.
+
+    Args:
+        sets: tasks of each sample, ascending.
+        own_weights: samples weigh equal sets differently, so that only sets of one task can be shared.
+    """
+    runs = []
+    for size in sorted({len(tasks) for tasks in sets}):
+        samples = tuple(row for row, tasks in enumerate(sets) if len(tasks) == size)
+        distinct = {sets[row] for row in samples}
+        shared = len(distinct) == 1 and (size == 1 or not own_weights)
+        runs.append(Run(samples, tuple(distinct) if shared else tuple(sets[row] for row in samples)))
+    return runs
+
+
+def run_second_pass(
+    session: Session,
+    manifest: Manifest,
+    cores: CoreCache,
+    *,
+    pixel_values: NDArray[np.float32],
+    sets: Sequence[TaskSet],
+    gates: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Logits of every head on each sample's adaptively merged model.
+
+    Args:
+        session: of the second-pass graph.
+        manifest: of the bundle.
+        cores: of the bundle; asked only with `compose` tsvm.
+        pixel_values: normalised images. [B, 3, H, W] float32
+        sets: tasks of each sample, ascending.
+        gates: used where the bundle weights sums by them. [B, T] float32
+
+    Returns:
+        logits: tasks in order. [B, sum C] float32
+
+    Raises:
+        BackendError: the session failed.
+    """
+    by_gates = manifest.compose == "sum" and manifest.router.sum_weights == "gates"
+    logits = np.empty((len(pixel_values), manifest.tasks[-1].stop), np.float32)
+    for run in plan_second_pass(sets, own_weights=by_gates):
+        rows = list(run.samples)
+        slots = np.array(run.sets, np.int64)  # [S, K]
+        weights = np.full(slots.shape, 1 / slots.shape[1], np.float32)
+        if by_gates and slots.shape[1] > 1:
+            kept = np.take_along_axis(gates[rows], slots, axis=1)
+            weights = kept / kept.sum(axis=1, keepdims=True)
+        feeds: dict[str, NDArray[Any]] = {
+            "pixel_values": pixel_values[rows],
+            "slots": slots,
+            "weights": weights,
+        }
+        if manifest.compose == "tsvm":
+            found = [cores.get(tasks) for tasks in run.sets]
+            for matrix in manifest.matrices:
+                feeds[matrix.core] = np.stack([core[matrix.core] for core in found])  # [S, K*R, K*R]
+        logits[rows] = session.run(feeds)["logits"]
+    return logits
