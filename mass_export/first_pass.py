@@ -19,7 +19,9 @@ from mass_export.spec import Norm, RouterSettings
 from mass_export.vit_graph import Layers, attention_residual, block, cls_attention_residual, cls_row, embed
 
 
-def add_first_pass(layers: Layers, router: RouterSettings, bases: Sequence[Tensor], pixel_values: ir.Value) -> ir.Value:
+def add_first_pass(
+    layers: Layers, router: RouterSettings, bases: Sequence[Tensor], pixel_values: ir.Value
+) -> ir.Value:
     """Add the nodes of the first pass.
 
     Args:

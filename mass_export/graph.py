@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,9 @@ class Graph:
         )
         return list(parts)
 
-    def save(self, path: Path, outputs: dict[str, tuple[ir.Value, Sequence[int | str]]], version: str) -> PassSpec:
+    def save(
+        self, path: Path, outputs: Mapping[str, tuple[ir.Value, Sequence[int | str]]], version: str
+    ) -> PassSpec:
         """Name the outputs, write the `.onnx` file and describe it.
 
         Args:

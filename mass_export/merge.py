@@ -85,13 +85,15 @@ def _rank_setting(recipe: Recipe, task: TaskRecipe) -> tuple[float | None, int |
     return recipe.rank_ratio, recipe.rank
 
 
-def _router_basis(task_vector: dict[str, Tensor], factors: TaskFactors, router: RouterSettings, dtype: torch.dtype) -> Tensor:
-    """vh of the matrix that reads the routing site, at the router's own rank if it has one. [R, D]"""
+def _router_basis(
+    task_vector: dict[str, Tensor], factors: TaskFactors, router: RouterSettings, dtype: torch.dtype
+) -> Tensor:
+    """Right basis of the matrix that reads the routing site, at the router's own rank if it has one. [R, D]"""
     assert router.layer is not None
     name = f"transformer.resblocks.{router.layer}.{SITE_PARAMETER[router.site]}"
     if router.rank is None:
         return factors.matrices[name].vh
-    return factorize(task_vector[name], min(router.rank, min(task_vector[name].shape))).vh.to(dtype).contiguous()
+    return factorize(task_vector[name], min(router.rank, *task_vector[name].shape)).vh.to(dtype).contiguous()
 
 
 def merge_first_pass(
@@ -133,7 +135,9 @@ def _provenance(recipe: Recipe) -> dict[str, Any]:
         "producer": f"mass-export {mass_export.__version__}",
         "recipe": entry(recipe.path),
         "base": entry(recipe.base),
-        "tasks": {t.name: {"checkpoint": entry(t.checkpoint), "head": entry(t.head.file)} for t in recipe.tasks},
+        "tasks": {
+            t.name: {"checkpoint": entry(t.checkpoint), "head": entry(t.head.file)} for t in recipe.tasks
+        },
     }
     if recipe.base_merge_file is not None:
         provenance["base_merge"] = entry(recipe.base_merge_file)

@@ -41,16 +41,19 @@ def polar_factor(stack: Tensor, where: str = "") -> Tensor:
     p, sigma, qh = torch.linalg.svd(stack.double(), full_matrices=False)
     kept = sigma > RELATIVE_CUTOFF * sigma[0]
     axis = 0 if stack.shape[0] >= stack.shape[1] else 1
-    absent = int((stack == 0).all(dim=axis).sum())  # triplets beyond a delta's own rank, which are zero on purpose
+    absent = int(
+        (stack == 0).all(dim=axis).sum()
+    )  # triplets beyond a delta's own rank, which are zero on purpose
     if int((~kept).sum()) > absent:
         warnings.warn(
-            f"{where or 'stack'}: {int((~kept).sum()) - absent} of {sigma.numel()} stacked directions are shared between tasks "
-            f"(smallest singular value {float(sigma[-1]):.1e}, bound {RELATIVE_CUTOFF:g} of the largest); they were "
+            f"{where or 'stack'}: {int((~kept).sum()) - absent} of {sigma.numel()} stacked directions are shared "
+            f"between tasks (smallest singular value {float(sigma[-1]):.1e}, bound {RELATIVE_CUTOFF:g} of the largest); they were "
             "merged into one. Lower the rank if this is not intended.",
             IllConditionedWarning,
             stacklevel=2,
         )
-    return (p * kept) @ qh
+    factor: Tensor = (p * kept) @ qh
+    return factor
 
 
 def merge_tsvm(factors: Sequence[LowRank], where: str = "") -> Tensor:
@@ -89,4 +92,5 @@ def merge_isotropic(delta_sum: Tensor) -> Tensor:
         delta [D_out, D_in] float64.
     """
     p, sigma, qh = torch.linalg.svd(delta_sum.double(), full_matrices=False)
-    return sigma.mean() * (p @ qh)
+    delta: Tensor = sigma.mean() * (p @ qh)
+    return delta

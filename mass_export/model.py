@@ -56,13 +56,17 @@ class MassModel:
         tokens = site_tokens(self._first_pass, pixel_values.to(self.dtype), spec, router.layer, router.site)
         return projection_residuals(routing_feature(tokens, router.token), self._bases, router.norm)
 
-    def route(self, residuals: NDArray[np.floating], allowed: Sequence[int] | None = None) -> tuple[NDArray[np.float32], Selection]:
+    def route(
+        self, residuals: NDArray[np.floating], allowed: Sequence[int] | None = None
+    ) -> tuple[NDArray[np.float32], Selection]:
         """Gates before selection [B, T], and the selected sets."""
         router = self.artifact.info.router
         gates = gates_from_residuals(residuals, router.mode, router.temperature, allowed)
         return gates, select_tasks(gates, router.mode, router.threshold, router.max_tasks)
 
-    def merged_parameters(self, tasks: tuple[int, ...], gates: tuple[float, ...] | None = None) -> dict[str, Tensor]:
+    def merged_parameters(
+        self, tasks: tuple[int, ...], gates: tuple[float, ...] | None = None
+    ) -> dict[str, Tensor]:
         """Base plus the merged delta of a set of tasks, dense (MASS.md section 4).
 
         Args:
@@ -78,7 +82,11 @@ class MassModel:
             for name, parameter in self.artifact.base.items():
                 if name in factors[0].matrices:
                     matrices = [f.matrices[name] for f in factors]
-                    delta = merge_tsvm(matrices, name) if settings.compose == "tsvm" else merge_sum(matrices, weights)
+                    delta = (
+                        merge_tsvm(matrices, name)
+                        if settings.compose == "tsvm"
+                        else merge_sum(matrices, weights)
+                    )
                 elif settings.vectors == "mean":
                     delta = torch.stack([f.vectors[name].double() for f in factors]).mean(dim=0)
                 else:
@@ -91,7 +99,9 @@ class MassModel:
         return self._merged[key]
 
     @torch.inference_mode()
-    def logits(self, pixel_values: Tensor, tasks: tuple[int, ...], gates: tuple[float, ...] | None = None) -> Tensor:
+    def logits(
+        self, pixel_values: Tensor, tasks: tuple[int, ...], gates: tuple[float, ...] | None = None
+    ) -> Tensor:
         """Second pass for one set: every head on its feature. [B, 3, H, W] -> [B, sum C]"""
         params = self.merged_parameters(tasks, gates)
         feature = encode(params, pixel_values.to(self.dtype), self.artifact.info.vision)
@@ -115,7 +125,9 @@ class MassModel:
             residuals = self.residuals(pixel_values).numpy()
             gates, selection = self.route(residuals, allowed)
         logits = self._logits_by_set(pixel_values, gates, selection)
-        task_index, class_index = answer(logits, self._task_specs(), selection, self.artifact.info.merge.head_choice)
+        task_index, class_index = answer(
+            logits, self._task_specs(), selection, self.artifact.info.merge.head_choice
+        )
         return ForwardResult(
             residuals=residuals,
             gates=gates,
@@ -125,14 +137,18 @@ class MassModel:
             class_index=class_index,
         )
 
-    def _logits_by_set(self, pixel_values: Tensor, gates: NDArray[np.float32], selection: Selection) -> NDArray[np.floating]:
+    def _logits_by_set(
+        self, pixel_values: Tensor, gates: NDArray[np.float32], selection: Selection
+    ) -> NDArray[np.floating]:
         settings = self.artifact.info.merge
         per_sample_gates = settings.compose == "sum" and settings.sum_weights == "gates"
         groups: dict[tuple[tuple[int, ...], tuple[float, ...] | None], list[int]] = {}
         for b, tasks in enumerate(selection.sets()):
             key = tuple(float(g) for g in gates[b, list(tasks)]) if per_sample_gates else None
             groups.setdefault((tasks, key), []).append(b)
-        logits = np.empty((len(pixel_values), self._head_weight.shape[0]), torch.empty(0, dtype=self.dtype).numpy().dtype)
+        logits = np.empty(
+            (len(pixel_values), self._head_weight.shape[0]), torch.empty(0, dtype=self.dtype).numpy().dtype
+        )
         for (tasks, set_gates), rows in groups.items():
             logits[rows] = self.logits(pixel_values[rows], tasks, set_gates).numpy()
         return logits

@@ -38,7 +38,9 @@ from runtime.bundle import (
 WEIGHTS_FILE = "weights.bin"
 
 
-def export_bundle(artifact: Artifact, artifact_path: Path, out: Path, *, verify: bool, progress: Progress) -> Path:
+def export_bundle(
+    artifact: Artifact, artifact_path: Path, out: Path, *, verify: bool, progress: Progress
+) -> Path:
     """Write a bundle directory.
 
     Everything is written to a temporary directory beside `out`, verified there, and renamed; an existing bundle
@@ -89,22 +91,30 @@ def _write_first_pass(artifact: Artifact, weights: WeightsFile, directory: Path)
     params, prefix = (artifact.base, "base.") if shares_base else (artifact.merged, "merged.")
     layers = Layers(graph, artifact.info.vision, params, prefix)
     residuals = add_first_pass(layers, artifact.info.router, artifact.router_bases, pixel_values)
-    outputs = {"residuals": (residuals, ["B", len(artifact.tasks)])}
-    return graph.save(directory / f"{FIRST_PASS}.onnx", outputs, mass_export.__version__)
+    shape: list[int | str] = ["B", len(artifact.tasks)]
+    return graph.save(
+        directory / f"{FIRST_PASS}.onnx", {"residuals": (residuals, shape)}, mass_export.__version__
+    )
 
 
 def _write_second_pass(
     artifact: Artifact, weights: WeightsFile, directory: Path, progress: Progress
 ) -> tuple[PassSpec, dict[str, MatrixBases]]:
     names = artifact.info.vision.matrix_names()
-    bases = {name: store_bases(weights, artifact.tasks, name) for name in progress.track(names, "Stacking bases")}
+    bases = {
+        name: store_bases(weights, artifact.tasks, name) for name in progress.track(names, "Stacking bases")
+    }
     graph = Graph(SECOND_PASS, weights)
     pixel_values = _pixel_values(graph, artifact)
-    layers = AdaptiveLayers(graph, artifact.info.vision, artifact.base, artifact.tasks, artifact.info.merge, bases)
+    layers = AdaptiveLayers(
+        graph, artifact.info.vision, artifact.base, artifact.tasks, artifact.info.merge, bases
+    )
     logits = add_second_pass(layers, artifact.heads, pixel_values)
     classes = sum(len(task.classes) for task in artifact.info.tasks)
-    outputs = {"logits": (logits, ["B", classes])}
-    return graph.save(directory / f"{SECOND_PASS}.onnx", outputs, mass_export.__version__), bases
+    shape: list[int | str] = ["B", classes]
+    return graph.save(
+        directory / f"{SECOND_PASS}.onnx", {"logits": (logits, shape)}, mass_export.__version__
+    ), bases
 
 
 def _manifest(
@@ -125,7 +135,8 @@ def _manifest(
         format=FORMAT,
         schema_version=SCHEMA_VERSION,
         producer=f"mass-export {mass_export.__version__}",
-        model=dataclasses.asdict(info.vision) | {"first_pass": info.merge.base_merge, "vectors": info.merge.vectors},
+        model=dataclasses.asdict(info.vision)
+        | {"first_pass": info.merge.base_merge, "vectors": info.merge.vectors},
         preprocess=info.preprocess,
         tasks=tuple(tasks),
         router=RouterSpec(
@@ -144,9 +155,13 @@ def _manifest(
         passes=passes,
         matrices=tuple(bases.values()),
         files={
-            path.name: FileSpec(path.stat().st_size, sha256_of_file(path)) for path in sorted(directory.iterdir())
+            path.name: FileSpec(path.stat().st_size, sha256_of_file(path))
+            for path in sorted(directory.iterdir())
         },
-        provenance={"artifact": {"file": artifact_path.name, "sha256": sha256_of_file(artifact_path)}, **info.provenance},
+        provenance={
+            "artifact": {"file": artifact_path.name, "sha256": sha256_of_file(artifact_path)},
+            **info.provenance,
+        },
     )
 
 

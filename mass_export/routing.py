@@ -50,4 +50,5 @@ def _precision(vh: Tensor) -> Tensor:
     centred = rows - rows.mean(dim=0)
     covariance = centred.T @ centred / max(rows.shape[0] - 1, 1)
     ridge = COVARIANCE_RIDGE * torch.eye(rows.shape[1], dtype=torch.float64)
-    return torch.linalg.inv(covariance + ridge).to(vh.dtype)
+    precision: Tensor = torch.linalg.inv(covariance + ridge)
+    return precision.to(vh.dtype)

@@ -139,7 +139,9 @@ class AdaptiveLayers(Layers):
 
     def _gather_bases(self, initializer: str, stored: StoredArray) -> ir.Value:
         graph = self.graph
-        slices = graph.op("Gather", graph.stored_weight(initializer, stored), self._slots, axis=0)  # [S, K, R, D]
+        slices = graph.op(
+            "Gather", graph.stored_weight(initializer, stored), self._slots, axis=0
+        )  # [S, K, R, D]
         return graph.op("Reshape", slices, graph.integers(0, -1, stored.shape[2]))
 
     def _apply_core(self, name: str, h: ir.Value) -> ir.Value:
@@ -157,7 +159,9 @@ class AdaptiveLayers(Layers):
     def _scale(self, name: str, h: ir.Value) -> ir.Value:
         """compose=sum: the core is diagonal, `w_k s_k`."""
         graph = self.graph
-        s = graph.op("Gather", graph.stored_weight(f"bases.{name}.s", self._bases[name].s), self._slots, axis=0)
+        s = graph.op(
+            "Gather", graph.stored_weight(f"bases.{name}.s", self._bases[name].s), self._slots, axis=0
+        )
         s = graph.op("Mul", s, graph.op("Unsqueeze", self._weights, graph.integers(2)))  # [S, K, R]
         return graph.op("Mul", h, graph.op("Reshape", s, graph.integers(0, 1, -1)))
 
@@ -199,5 +203,8 @@ def add_second_pass(layers: AdaptiveLayers, heads: Sequence[Head], pixel_values:
 
 def head_biases(heads: Sequence[Head]) -> NDArray[np.float32]:
     """All biases in task order, zero where a head has none. [sum C_i]"""
-    parts = [h.bias.float().numpy() if h.bias is not None else np.zeros(h.weight.shape[0], np.float32) for h in heads]
+    parts = [
+        h.bias.float().numpy() if h.bias is not None else np.zeros(h.weight.shape[0], np.float32)
+        for h in heads
+    ]
     return np.concatenate(parts).astype(np.float32)

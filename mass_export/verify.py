@@ -77,11 +77,12 @@ def verify_bundle(
     if pixel_values is not None:
         images = np.concatenate([pixel_values, images])
     model = MassModel(artifact)
-    parts = []
     with Classifier(bundle, provider="cpu") as classifier:
         batches = [images[i : i + VERIFY_BATCH] for i in range(0, len(images), VERIFY_BATCH)]
-        for batch in progress.track(batches, "Comparing with the eager model"):
-            parts.append(compare(model.forward(torch.from_numpy(batch)), classifier.forward(batch)))
+        parts = [
+            compare(model.forward(torch.from_numpy(batch)), classifier.forward(batch))
+            for batch in progress.track(batches, "Comparing with the eager model")
+        ]
     parity = combine(parts)
     if not parity.within_tolerance():
         raise VerificationError(
@@ -98,7 +99,10 @@ def sample_images(artifact: Artifact, count: int = RANDOM_IMAGES) -> NDArray[np.
     """Random images of every smoothness, normalised as the model's. [count, 3, H, W]"""
     rng = np.random.default_rng(0)
     H, W = artifact.info.vision.image_size
-    mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (artifact.info.preprocess.mean, artifact.info.preprocess.std))
+    mean, std = (
+        np.array(v, dtype=np.float32)[:, None, None]
+        for v in (artifact.info.preprocess.mean, artifact.info.preprocess.std)
+    )
     images = np.empty((count, 3, H, W), dtype=np.float32)
     for i in range(count):
         cells = 2 ** (1 + i % 5)  # from broad patches to fine noise
@@ -130,7 +134,7 @@ def combine(parts: list[Parity]) -> Parity:
     total = sum(part.images for part in parts)
 
     def share(name: str) -> float:
-        return sum(getattr(part, name) * part.images for part in parts) / total
+        return float(sum(getattr(part, name) * part.images for part in parts)) / total
 
     return Parity(
         images=total,

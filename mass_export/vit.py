@@ -87,4 +87,6 @@ def _activate(h: Tensor, activation: Activation) -> Tensor:
 
 
 def _layer_norm(params: Parameters, name: str, x: Tensor, spec: VisionSpec) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), params[f"{name}.weight"], params[f"{name}.bias"], spec.layer_norm_eps)
+    return F.layer_norm(
+        x, (x.shape[-1],), params[f"{name}.weight"], params[f"{name}.bias"], spec.layer_norm_eps
+    )

@@ -32,7 +32,7 @@ class WeightsFile:
         """Store an array (little-endian, C order) and return where it lies."""
         array = np.ascontiguousarray(array)
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        view = memoryview(array).cast("B")
+        view = memoryview(array.data).cast("B")
         key = (hashlib.sha256(view).hexdigest(), array.dtype.name, array.shape)
         if key not in self._stored:
             alignment = PAGE_ALIGNMENT if array.nbytes >= PAGE_ALIGN_FROM else SMALL_ALIGNMENT
