@@ -80,7 +80,9 @@ def merge(recipe: Path, out: Path, *, quiet: bool) -> None:
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle with the eager model.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
 def export(artifact: Path, out: Path, *, no_verify: bool, quiet: bool) -> None:
-    """Export an artifact as a bundle: two ONNX graphs, their weights and a manifest.
+    """Export an artifact as a bundle of two ONNX graphs.
+
+    The bundle also holds their weights and a manifest, and is all that the runtime needs.
 
     The bundle is compared with the eager model before it gets its name; nothing is written if they differ.
     """

@@ -60,7 +60,7 @@ def _check_shape(where: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
         advice = "it looks transposed; store one row per class"
     elif len(got) == len(expected) and got[0] != expected[0]:
         advice = f"the task lists {expected[0]} classes and the head has {got[0]}; make them agree"
-    elif len(got) == 2:
+    elif len(got) == len(expected) == 2:
         advice = (
             f"the model's feature has width {expected[1]}, the head is for {got[1]}; use this model's head"
         )

@@ -165,7 +165,8 @@ def _parse(path: Path) -> object:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(f"{path}: not a valid recipe{place}: {error.problem}.") from error
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        raise RecipeError(f"{path}: not a valid recipe{place}: {problem}.") from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         if isinstance(error, RecipeError):
             raise

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mass_export.checkpoints import load_checkpoint
+from mass_export.errors import (
+    CheckpointFormatError,
+    CheckpointKeyError,
+    CheckpointShapeError,
+    CheckpointValueError,
+)
+
+
+@pytest.fixture
+def tower(pico_tower):
+    return pico_tower(0)
+
+
+def prefixed(tower, prefix):
+    return {prefix + name: tensor for name, tensor in tower.items()}
+
+
+def same(loaded, tower):
+    assert list(loaded) == list(tower)
+    return all(torch.equal(loaded[name], tensor) for name, tensor in tower.items())
+
+
+TEXT_TOWER = {
+    "positional_embedding": torch.zeros(8, 16),
+    "text_projection": torch.zeros(16, 16),
+    "logit_scale": torch.zeros(()),
+    "token_embedding.weight": torch.zeros(64, 16),
+    "ln_final.weight": torch.zeros(16),
+    "transformer.resblocks.0.attn.in_proj_weight": torch.zeros(48, 16),
+    "context_length": torch.tensor(8),
+}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "visual.",
+        "model.visual.",
+        "module.visual.",
+        "image_encoder.model.visual.",
+        "encoder.model.visual.",
+        "module.",
+        "_orig_mod.visual.",
+    ],
+)
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_a_tower_is_found_under_any_prefix_in_any_format(tmp_path, pico_vision, tower, prefix, kind):
+    path = tmp_path / "checkpoint"
+    state = prefixed(tower, prefix)
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    assert same(load_checkpoint(path, pico_vision), tower)
+
+
+@pytest.mark.parametrize("wrapper", ["", "model.", "module."])
+def test_the_text_tower_of_a_whole_clip_is_left_out(tmp_path, pico_vision, tower, wrapper):
+    save_file(prefixed(tower, f"{wrapper}visual.") | prefixed(TEXT_TOWER, wrapper), tmp_path / "clip")
+    assert same(load_checkpoint(tmp_path / "clip", pico_vision), tower)
+
+
+@pytest.mark.parametrize("nest", [["state_dict"], ["model"], ["state_dict", "model"]])
+def test_nested_state_dicts_are_opened(tmp_path, pico_vision, tower, nest):
+    state = prefixed(tower, "module.visual.")
+    for key in nest:
+        state = {key: state, "epoch": 3, "optimizer": {"lr": 0.1}}
+    torch.save(state, tmp_path / "nested.pt")
+    assert same(load_checkpoint(tmp_path / "nested.pt", pico_vision), tower)
+
+
+def test_parameters_and_transposed_tensors_are_plain_contiguous_copies(tmp_path, pico_vision, tower):
+    state = {name: torch.nn.Parameter(tensor) for name, tensor in tower.items()}
+    state["proj"] = torch.nn.Parameter(tower["proj"].T.contiguous()).T
+    torch.save(state, tmp_path / "a.pt")
+    loaded = load_checkpoint(tmp_path / "a.pt", pico_vision)
+    assert same(loaded, tower)
+    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in loaded.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_types_become_float32(tmp_path, pico_vision, tower, dtype):
+    save_file({name: tensor.to(dtype) for name, tensor in tower.items()}, tmp_path / "a")
+    loaded = load_checkpoint(tmp_path / "a", pico_vision)
+    assert same(loaded, {name: tensor.to(dtype).float() for name, tensor in tower.items()})
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+
+
+def test_all_missing_and_unexpected_tensors_are_named_at_once(tmp_path, pico_vision, tower):
+    state = prefixed(tower, "visual.")
+    del state["visual.proj"], state["visual.ln_post.bias"]
+    state |= {"visual.extra": torch.zeros(1), "adapter.weight": torch.zeros(1)}
+    save_file(state, tmp_path / "a")
+    with pytest.raises(CheckpointKeyError) as caught:
+        load_checkpoint(tmp_path / "a", pico_vision)
+    message = str(caught.value)
+    assert "2 missing (visual.ln_post.bias, visual.proj)" in message
+    assert "2 unexpected (adapter.weight, visual.extra)" in message
+    assert str(tmp_path / "a") in message
+
+
+def test_a_block_too_many_is_unexpected_even_without_a_prefix(tmp_path, pico_vision, tower):
+    save_file(tower | {"transformer.resblocks.3.ln_1.bias": torch.zeros(32)}, tmp_path / "a")
+    with pytest.raises(CheckpointKeyError, match=r"1 unexpected \(transformer\.resblocks\.3\.ln_1\.bias\)"):
+        load_checkpoint(tmp_path / "a", pico_vision)
+
+
+def test_a_text_only_checkpoint_misses_the_whole_tower(tmp_path, pico_vision):
+    save_file(TEXT_TOWER, tmp_path / "a")
+    with pytest.raises(CheckpointKeyError, match=r"missing \(class_embedding"):
+        load_checkpoint(tmp_path / "a", pico_vision)
+
+
+def test_two_towers_in_one_file_are_ambiguous(tmp_path, pico_vision, tower):
+    torch.save(prefixed(tower, "visual.") | prefixed(tower, "model.visual."), tmp_path / "a")
+    with pytest.raises(
+        CheckpointFormatError, match=r"several vision towers \(model\.visual\.\*, visual\.\*\)"
+    ):
+        load_checkpoint(tmp_path / "a", pico_vision)
+
+
+def test_wrong_shapes_are_named_with_both_shapes(tmp_path, pico_vision, tower):
+    wrong = {"proj": torch.zeros(16, 32), "ln_pre.bias": torch.zeros(1)}
+    save_file(tower | wrong, tmp_path / "a")
+    with pytest.raises(CheckpointShapeError) as caught:
+        load_checkpoint(tmp_path / "a", pico_vision)
+    assert "2 tensor(s)" in str(caught.value)
+    assert "proj: expected [32, 16], got [16, 32]" in str(caught.value)
+    assert "ln_pre.bias: expected [32], got [1]" in str(caught.value)
+
+
+def test_a_huge_expanded_tensor_is_refused_by_its_shape(tmp_path, pico_vision, tower):
+    torch.save(tower | {"proj": torch.zeros(1).expand(1 << 40)}, tmp_path / "a")
+    with pytest.raises(CheckpointShapeError, match=r"got \[1099511627776\]"):
+        load_checkpoint(tmp_path / "a", pico_vision)
+
+
+def test_unusable_values_are_named_at_once(tmp_path, pico_vision, tower):
+    state = dict(tower)
+    state["proj"] = tower["proj"].clone()
+    state["proj"][0, :2] = torch.tensor([float("nan"), float("inf")])
+    state["ln_pre.bias"] = torch.zeros(32, dtype=torch.int64)
+    state["ln_pre.weight"] = torch.full((32,), 1e300, dtype=torch.float64)
+    save_file(state, tmp_path / "a")
+    with pytest.raises(CheckpointValueError) as caught:
+        load_checkpoint(tmp_path / "a", pico_vision)
+    assert "3 unusable tensor(s)" in str(caught.value)
+    assert "proj holds 2 NaN or infinite value(s)" in str(caught.value)
+    assert "ln_pre.bias is strided int64, not dense floating point" in str(caught.value)
+    assert "ln_pre.weight holds 32" in str(caught.value)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["HOSTILE_MARK"],)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, pico_vision, monkeypatch, kind):
+    mark = tmp_path / "mark"
+    monkeypatch.setenv("HOSTILE_MARK", str(mark))
+    path = tmp_path / "hostile.pt"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Hostile()))
+    else:
+        torch.save({"visual.proj": Hostile()}, path, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(CheckpointFormatError, match="was not executed, because a pickle can run any code"):
+        load_checkpoint(path, pico_vision)
+    assert not mark.exists()
+
+
+def test_a_pickled_module_is_refused(tmp_path, pico_vision):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(CheckpointFormatError, match=r"such as a whole module.*state_dict\(\)"):
+        load_checkpoint(tmp_path / "module.pt", pico_vision)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
+def test_a_truncated_file_is_refused(tmp_path, pico_vision, tower, kind, share):
+    path = tmp_path / "a"
+    if kind == "safetensors":
+        save_file(tower, path)
+    else:
+        torch.save(tower, path, _use_new_zipfile_serialization=kind == "zip")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(CheckpointFormatError, match=r"damaged .*fetch it again"):
+        load_checkpoint(path, pico_vision)
+
+
+def safetensors_bytes(header, data=b""):
+    return len(header).to_bytes(8, "little") + header + data
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        (b"", "neither safetensors nor a torch state dict"),
+        (b"not a checkpoint at all", "neither safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        ((1 << 62).to_bytes(8, "little") + b"{}", "neither safetensors"),
+        ((1 << 20).to_bytes(8, "little") + b"{}", "damaged safetensors"),
+        (safetensors_bytes(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,9999]}}'), "damaged"),
+        (
+            safetensors_bytes(
+                b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+                b'"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}',
+                b"\0" * 6,
+            ),
+            "damaged",
+        ),
+        (b"\x80\x02garbage", "pickle|damaged torch file"),
+        (b"PK\x03\x04garbage", "damaged torch file"),
+    ],
+)
+def test_garbage_is_refused(tmp_path, pico_vision, content, pattern):
+    path = tmp_path / "a"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointFormatError, match=pattern):
+        load_checkpoint(path, pico_vision)
+
+
+def test_compressed_archives_are_refused_before_they_are_unpacked(tmp_path, pico_vision):
+    with zipfile.ZipFile(tmp_path / "a", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 1_000_000)
+    with pytest.raises(CheckpointFormatError, match=r"torch\.save did not write"):
+        load_checkpoint(tmp_path / "a", pico_vision)
+
+
+def test_torchscript_archives_are_refused(tmp_path, pico_vision):
+    with zipfile.ZipFile(tmp_path / "a", "w") as archive:
+        archive.writestr("archive/data.pkl", b"")
+        archive.writestr("archive/constants.pkl", b"")
+    with pytest.raises(CheckpointFormatError, match="TorchScript"):
+        load_checkpoint(tmp_path / "a", pico_vision)
+
+
+@pytest.mark.parametrize("data", [[1, 2], {"epoch": 3}, {"state_dict": {}}, {"model": {"model": {"lr": 1}}}])
+def test_files_without_named_tensors_are_refused(tmp_path, pico_vision, data):
+    torch.save(data, tmp_path / "a")
+    with pytest.raises(CheckpointFormatError, match="no named tensors"):
+        load_checkpoint(tmp_path / "a", pico_vision)
+
+
+def test_missing_files_and_directories_are_named(tmp_path, pico_vision):
+    with pytest.raises(CheckpointFormatError, match=r"none\.pt: no such file"):
+        load_checkpoint(tmp_path / "none.pt", pico_vision)
+    with pytest.raises(CheckpointFormatError, match="cannot be read"):
+        load_checkpoint(tmp_path, pico_vision)
