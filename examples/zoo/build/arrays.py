@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +57,7 @@ class TaskArrays:
 
     def save(self, path: Path) -> None:
         """Writes a compressed npz without pickles."""
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "train_images": self.train_images,
             "train_labels": self.train_labels,
             "test_images": self.test_images,
@@ -142,7 +143,8 @@ def pixel_directions(images: Images) -> NDArray[np.float32]:
     """Returns mean-free pixels as unit vectors: their dot products are correlations. [N, D] float32."""
     rows = images.reshape(len(images), -1).astype(np.float32)
     rows -= rows.mean(1, keepdims=True)
-    return rows / (np.linalg.norm(rows, axis=1, keepdims=True) + np.float32(1e-6))
+    directions: NDArray[np.float32] = rows / (np.linalg.norm(rows, axis=1, keepdims=True) + np.float32(1e-6))
+    return directions
 
 
 def similar_pairs(images: Images, threshold: float, *, mirrored: bool = False) -> Iterator[tuple[int, int]]:

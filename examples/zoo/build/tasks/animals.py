@@ -18,9 +18,11 @@ CLASSES = ("Bear", "Bird", "Cat", "Cow", "Dog", "Elephant", "Giraffe", "Horse", 
 SAME_ANIMAL = 0.95
 TEST_SIZE = 2_000
 
-# All that a pickled array needs. Numpy's own helpers moved with numpy 2, hence by name.
+# All that a pickled array needs; numpy 2 renamed the module of the first.
+_RECONSTRUCT: Callable[..., Any] = np.zeros(0).__reduce__()[0]  # type: ignore[assignment]
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
 }
@@ -37,7 +39,7 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads pickled numpy arrays and refuses every other class or function (a pickle can name any)."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Looks up one of the three names that a pickled array holds."""
+        """Looks up one of the names that a pickled array holds."""
         try:
             return _ALLOWED[module, name]
         except KeyError:

@@ -94,7 +94,7 @@ def groups_of_names(package: Path) -> dict[str, str]:
     """Maps emoji names to the Unicode group they belong to, by Twemoji and, where that has none, by Noto."""
     groups: dict[str, str] = {}
     for vendor in ("twemoji", "noto"):
-        own = {}
+        own: dict[str, str] = {}
         for group, names in load_icon_set(package, vendor).content["categories"].items():
             own |= dict.fromkeys(names, group)
         groups = own | groups

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import resvg_py
 from PIL import Image
 
 PACKAGE = "@iconify/json"
@@ -32,6 +31,8 @@ class IconSet:
 
     def render(self, name: str, width: int) -> Image.Image:
         """Renders an icon in black (where it names no colour) on a transparent ground. RGBA."""
+        import resvg_py  # noqa: PLC0415 - only rebuilding the zoo needs it
+
         png = resvg_py.svg_to_bytes(svg_string=self.svg(name), width=width, skip_system_fonts=True)
         return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 

@@ -155,7 +155,8 @@ def usable_sets(package: Path) -> list[str]:
 
 def render_concepts(icon_set: IconSet) -> list[tuple[str, Images]]:
     """Renders up to three icons of each concept, those of the shortest names first."""
-    rendered, counts = [], Counter()
+    rendered: list[tuple[str, Images]] = []
+    counts: Counter[str] = Counter()
     for name in sorted(icon_set.icons, key=lambda name: (len(name), name)):
         icon = icon_set.icons[name]
         if name in icon_set.aliases or icon.get("hidden") or "animate" in icon["body"]:
