@@ -19,14 +19,15 @@ from torch import Tensor
 
 from mass_export.checkpoints import load_checkpoint
 from mass_export.datasets import DEFAULT_SPLIT, LabelledImages, find_images, load_labelled_images
+from mass_export.errors import RecipeError
 from mass_export.heads import Head, load_head
 from mass_export.merge import merge
 from mass_export.progress import Progress
-from mass_export.recipe import Recipe
+from mass_export.recipe import Recipe, load_recipe
 from mass_export.spec import MergeSettings, TaskInfo, VisionSpec
 from mass_export.task_vectors import compute_task_vector
 from mass_export.vit import encode
-from runtime.bundle import PreprocessSpec
+from runtime.bundle import Manifest, PreprocessSpec, sha256_of_file
 
 # Without validation images: what arXiv 2212.04089 (section 4) found to do well on eight image tasks.
 DEFAULT_COEFFICIENT = 0.3
@@ -133,7 +134,8 @@ def evaluate_baselines(
         }
 
     merged = merge(tsvm_recipe(recipe), progress).merged
-    coefficient, settings = DEFAULT_COEFFICIENT, {"coefficient": DEFAULT_COEFFICIENT, "chosen_on": None}
+    coefficient = DEFAULT_COEFFICIENT
+    settings: dict[str, Any] = {"coefficient": coefficient, "chosen_on": None}
     if all(find_images(data, info.name, choose_on) for info in infos):
         choice = {
             info.name: load_labelled_images(data, info, choose_on).head(COEFFICIENT_IMAGES) for info in infos
@@ -150,6 +152,30 @@ def evaluate_baselines(
         Baseline("task_arithmetic", accuracies(add_scaled(base, delta_sum, coefficient), images), settings),
         Baseline("tsvm", accuracies(merged, images), {"rank_ratio": 1 / len(recipe.tasks)}),
     )
+
+
+def find_recipe(manifest: Manifest, data: Path) -> Recipe | None:
+    """The recipe in the data directory that a bundle was merged from, by its sha256; None if there is none."""
+    wanted = manifest.provenance.get("recipe", {}).get("sha256")
+    candidates = sorted([*data.glob("*.yaml"), *data.glob("*.yml")])
+    found = [path for path in candidates if sha256_of_file(path) == wanted]
+    return load_recipe(found[0]) if found else None
+
+
+def require_same_tasks(recipe: Recipe, manifest: Manifest) -> None:
+    """Refuse to compare a bundle with the models of other tasks.
+
+    Raises:
+        RecipeError: names or classes differ.
+    """
+    in_recipe = {task.name: task.classes for task in recipe.tasks}
+    in_bundle = {task.name: task.classes for task in manifest.tasks}
+    if in_recipe != in_bundle:
+        names = sorted(name for name in in_recipe | in_bundle if in_recipe.get(name) != in_bundle.get(name))
+        raise RecipeError(
+            f"{recipe.path}: not the recipe of this bundle: the task(s) {', '.join(names)} are missing in one of "
+            "them or have other classes there."
+        )
 
 
 def tsvm_recipe(recipe: Recipe) -> Recipe:

@@ -1,17 +1,25 @@
-"""The command line: `mass merge`, `mass export`. Commands are thin and import what they need as they run."""
+"""The command line: `mass merge`, `mass export`, `mass eval` and more.
+
+Commands are thin and import what they need as they run.
+"""
 
 from __future__ import annotations
 
 import time
 import warnings
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from mass_export.errors import MassExportError
 
+if TYPE_CHECKING:
+    from mass_export.tables import Table
+    from runtime.backends import Provider
+
 FILE = click.Path(path_type=Path, dir_okay=False)
+PROVIDER = click.Choice(["auto", "cpu", "cuda", "tensorrt"])
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 
@@ -97,6 +105,121 @@ def export(artifact: Path, out: Path, *, no_verify: bool, quiet: bool) -> None:
     _summarise(bundle, f"{len(loaded.info.tasks)} tasks, {checked}", start)
 
 
+@main.command("inspect", epilog=_example("mass inspect merged.safetensors", "mass inspect engines/ --json"))
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; see mass_export.inspection_report.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
+def inspect_command(path: Path, *, as_json: bool, quiet: bool) -> None:
+    """Show what an artifact or a bundle holds.
+
+    Tasks, ranks, settings, and sizes against separate models and one model. Overlap of the tasks' subspaces, 0 to
+    1, and condition numbers: where tasks share directions, the merge counts these once.
+    """
+    from mass_export.inspection import inspect  # noqa: PLC0415
+    from mass_export.progress import Progress  # noqa: PLC0415
+
+    inspection = inspect(path, Progress(quiet=quiet))
+    if as_json:
+        from mass_export.inspection_report import json_from_inspection  # noqa: PLC0415
+
+        click.echo(json_from_inspection(inspection))
+        return
+    from rich.console import Console  # noqa: PLC0415
+
+    from mass_export.inspection_tables import print_inspection  # noqa: PLC0415
+
+    print_inspection(inspection, Console())
+
+
+@main.command("eval", epilog=_example("mass eval --bundle engines/ --data examples/zoo --json scores.json"))
+@click.option("--bundle", required=True, type=DIRECTORY, help="What `mass export` wrote.")
+@click.option("--data", required=True, type=DIRECTORY, help="Labelled images of every task.")
+@click.option(
+    "--recipe", type=FILE, help="What was merged, for the baselines; by default it is looked for in DATA."
+)
+@click.option("--split", default="test", show_default=True, help="Which images.")
+@click.option("--json", "json_path", type=FILE, help="Write the scores here, too.")
+@click.option("--provider", type=PROVIDER, default="auto", show_default=True, help="Where the bundle runs.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
+def evaluate(
+    bundle: Path,
+    data: Path,
+    recipe: Path | None,
+    split: str,
+    json_path: Path | None,
+    provider: Provider,
+    *,
+    quiet: bool,
+) -> None:
+    """Score a bundle on labelled images, beside the baselines.
+
+    Images lie in DATA/data/TASK/SPLIT.npz (arrays images and labels) or in DATA/TASK/SPLIT/CLASS/.
+    """
+    from mass_export.baselines import (  # noqa: PLC0415
+        baselines_to_dict,
+        evaluate_baselines,
+        find_recipe,
+        require_same_tasks,
+    )
+    from mass_export.evaluation import evaluate_bundle  # noqa: PLC0415
+    from mass_export.progress import Progress  # noqa: PLC0415
+    from mass_export.recipe import load_recipe  # noqa: PLC0415
+    from mass_export.report_files import write_json  # noqa: PLC0415
+    from mass_export.tables import accuracy_table, routing_table  # noqa: PLC0415
+    from runtime.bundle import read_manifest  # noqa: PLC0415
+
+    progress, manifest = Progress(quiet=quiet), read_manifest(bundle)
+    parsed = find_recipe(manifest, data) if recipe is None else load_recipe(recipe)
+    baselines, finetuned = None, None
+    if parsed is not None:
+        require_same_tasks(parsed, manifest)
+        rows = evaluate_baselines(parsed, data, split=split, progress=progress)
+        baselines, finetuned = baselines_to_dict(rows), rows[0].tasks
+    evaluation = evaluate_bundle(
+        bundle, data, split=split, finetuned=finetuned, provider=provider, progress=progress
+    )
+    scores = evaluation.to_dict()
+    _print_tables(accuracy_table(scores, baselines), routing_table(scores))
+    if baselines is None:
+        click.echo(f"No recipe of this bundle in {data}: without --recipe there are no baselines.", err=True)
+    if json_path is not None:
+        write_json(json_path, {"bundle": str(bundle), **scores, "baselines": baselines})
+
+
+@main.command(epilog=_example("mass choose-layer examples/zoo/core.yaml --data examples/zoo"))
+@click.argument("recipe", type=FILE)
+@click.option("--data", required=True, type=DIRECTORY, help="Labelled images of every task.")
+@click.option("--split", default="val", show_default=True, help="Which images; not those that you report on.")
+@click.option("--json", "json_path", type=FILE, help="Write the scores here, too.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
+def choose_layer(recipe: Path, data: Path, split: str, json_path: Path | None, *, quiet: bool) -> None:
+    """Score every block of the model as the routing layer of RECIPE, and name the best."""
+    from mass_export.layer_choice import best_layer, score_layers  # noqa: PLC0415
+    from mass_export.progress import Progress  # noqa: PLC0415
+    from mass_export.recipe import load_recipe  # noqa: PLC0415
+    from mass_export.report_files import write_json  # noqa: PLC0415
+    from mass_export.tables import layer_table  # noqa: PLC0415
+
+    scores = score_layers(load_recipe(recipe), data, split=split, progress=Progress(quiet=quiet))
+    best = best_layer(scores)
+    _print_tables(layer_table([score.to_dict() for score in scores]))
+    click.echo(f"Best: router: {{layer: {best.layer}, mode: {best.mode}}}")
+    if json_path is not None:
+        write_json(json_path, {"best": best.to_dict(), "layers": [score.to_dict() for score in scores]})
+
+
+@main.command(epilog=_example("mass report demo/report.json --out demo/report.html"))
+@click.argument("scores", type=FILE)
+@click.option("--out", required=True, type=FILE, help="The page to write; an older one is replaced.")
+def report(scores: Path, out: Path) -> None:
+    """Turn the JSON file SCORES of the demo into one self-contained HTML page."""
+    from mass_export.report import render_report  # noqa: PLC0415
+    from mass_export.report_files import read_report, write_text  # noqa: PLC0415
+
+    write_text(out, render_report(read_report(scores)))
+    click.echo(f"{click.style(f'Wrote {out}', fg='green', bold=True)}: {out.stat().st_size / 1e6:.1f} MB")
+
+
 def merge_main() -> None:
     """`mass-merge`: the merge command by itself."""
     merge.main(prog_name="mass-merge")
@@ -113,6 +236,14 @@ def _is_deliberate(error: Exception) -> bool:
     return isinstance(error, MassExportError | MassRuntimeError)
 
 
+def _print_tables(*tables: Table) -> None:
+    from rich.console import Console  # noqa: PLC0415
+
+    console = Console()
+    for table in tables:
+        console.print(table.to_rich())
+
+
 def _summarise(path: Path, what: str, start: float) -> None:
     """The last line: what was written, its size, and the time since `start`."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -122,7 +253,7 @@ def _summarise(path: Path, what: str, start: float) -> None:
     click.echo(f"{written}: {what}, {size:.1f} MB, in {elapsed_s:.1f} s")
 
 
-def _show_warning(  # noqa: PLR0917 - the signature of warnings.showwarning
+def _show_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,

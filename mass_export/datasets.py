@@ -55,7 +55,7 @@ class LabelledImages:
         if len(self) <= count:
             return self
         rows = np.arange(count) * len(self) // count
-        return LabelledImages(self.where, [self.sources[row] for row in rows], self.labels[rows])
+        return LabelledImages(self.where, [self.sources[row] for row in rows.tolist()], self.labels[rows])
 
     def pixel_values(self, spec: PreprocessSpec) -> NDArray[np.float32]:
         """All images at once, [N, 3, H, W] float32."""

@@ -79,6 +79,10 @@ class DataError(MassExportError, ValueError):
     """Evaluation images or labels cannot be read or do not fit the tasks."""
 
 
+class ReportError(MassExportError, ValueError):
+    """A file of scores cannot be read, or a report cannot be written."""
+
+
 def shortened(names: Sequence[str], limit: int = 8, separator: str = ", ") -> str:
     """The first `limit` names, and how many more there are."""
     more = f"{separator}and {len(names) - limit} more" if len(names) > limit else ""

@@ -20,6 +20,7 @@ from mass_export.datasets import DEFAULT_SPLIT, LabelledImages, load_labelled_im
 from mass_export.progress import Progress
 from mass_export.spec import TaskInfo
 from runtime.bundle import PreprocessSpec
+from runtime.backends import Provider
 from runtime.classifier import Classifier
 
 
@@ -157,7 +158,7 @@ def evaluate_bundle(
     *,
     split: str = DEFAULT_SPLIT,
     finetuned: Mapping[str, float] | None = None,
-    provider: str = "auto",
+    provider: Provider = "auto",
     progress: Progress,
 ) -> Evaluation:
     """Classify every labelled image with the task unknown, and again with the task given.

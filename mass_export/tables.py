@@ -138,10 +138,10 @@ def layer_table(scores: Sequence[Mapping[str, Any]]) -> Table:
 
 def summary_table(report: Mapping[str, Any]) -> Table:
     """The comparison over all suites of a report: average accuracy, and its share of the fine-tuned models'."""
-    suites = [name for name in SUITES if name in report]
+    suites = report["suites"]
     columns = ["", "Task"]
     for suite in suites:
-        columns += [SUITES[suite], "of fine-tuned", "routed right"]
+        columns += [SUITES.get(suite, suite), "of fine-tuned", "routed right"]
     rows: list[tuple[str, ...]] = []
     first = report[suites[0]]
     for name, baseline in first["baselines"].items():

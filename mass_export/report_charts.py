@@ -1,0 +1,103 @@
+"""The figures of the report as inline SVG, coloured by its style sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+STRONG_SHARE = 0.55  # from here on a cell is dark enough for light text
+LINE_COLOURS = ("--accent", "--second", "--third", "--grey")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its value, how the value is written, and the CSS variable of its colour."""
+
+    label: str
+    value: float
+    text: str
+    colour: str = "--accent"
+
+
+def heat_map(names: Sequence[str], counts: Sequence[Sequence[int]], rows: str, columns: str) -> str:
+    """Shares of every row, in per cent; the diagonal is what is right."""
+    size, left, top = 40, 84, 84
+    edge = size * len(names)
+    label = f"{escape(rows)} against {escape(columns)}"
+    parts = [f'<svg viewBox="0 0 {left + edge + 2} {top + edge + 22}" role="img" aria-label="{label}">']
+    for i, name in enumerate(names):
+        middle = i * size + size / 2
+        parts.append(f'<text x="{left - 8}" y="{top + middle + 4}" text-anchor="end">{escape(name)}</text>')
+        parts.append(
+            f'<text transform="translate({left + middle + 4} {top - 8}) rotate(-50)">{escape(name)}</text>'
+        )
+    for i, row in enumerate(counts):
+        total = sum(row) or 1
+        for j, count in enumerate(row):
+            share, x, y = count / total, left + j * size, top + i * size
+            title = f"{names[i]} answered by {names[j]}: {count} of {total}"
+            parts.append(
+                f'<g><title>{escape(title)}</title><rect class="cell" x="{x + 1}" y="{y + 1}" width="{size - 2}" '
+                f'height="{size - 2}" rx="4" fill-opacity="{0.05 + 0.95 * share:.3f}"/>'
+            )
+            if count:
+                style = ' class="strong"' if share >= STRONG_SHARE else ""
+                text = f"{100 * share:.0f}" if share >= 0.005 else "&lt;1"
+                parts.append(
+                    f'<text{style} x="{x + size / 2}" y="{y + size / 2 + 4}" text-anchor="middle">{text}</text>'
+                )
+            parts.append("</g>")
+    parts.append(
+        f'<text class="soft" x="{left}" y="{top + edge + 17}">rows: {escape(rows)}; columns: {escape(columns)}; '
+        "per cent of the row</text></svg>"
+    )
+    return "".join(parts)
+
+
+def bar_chart(bars: Sequence[Bar], limit: float | None = None) -> str:
+    """Horizontal bars from zero to `limit`, or to the largest value."""
+    label_width, width, height = 210, 640, 30
+    limit = max(bar.value for bar in bars) if limit is None else limit
+    room = width - label_width - 70
+    parts = [f'<svg viewBox="0 0 {width} {height * len(bars)}" role="img" aria-label="bars">']
+    for i, bar in enumerate(bars):
+        y, length = i * height, max(2.0, room * bar.value / limit if limit else 0.0)
+        parts.append(
+            f'<text x="{label_width - 10}" y="{y + 19}" text-anchor="end">{escape(bar.label)}</text>'
+            f'<rect x="{label_width}" y="{y + 5}" width="{length:.1f}" height="20" rx="4" '
+            f'style="fill: var({bar.colour})"/>'
+            f'<text x="{label_width + length + 8:.1f}" y="{y + 19}">{escape(bar.text)}</text>'
+        )
+    return "".join(parts) + "</svg>"
+
+
+def line_chart(series: Mapping[str, Sequence[float]], x_label: str) -> str:
+    """Shares (0 to 1) by position 0, 1, .. with a legend; a line for each series."""
+    left, top, width, height = 44, 12, 560, 200
+    count = max(len(values) for values in series.values())
+    step = width / max(count - 1, 1)
+    box = f"0 0 {left + width + 24} {top + height + 44 + 20 * len(series)}"
+    parts = [f'<svg viewBox="{box}" role="img" aria-label="by {escape(x_label)}">']
+    for tenth in range(0, 11, 2):
+        y = top + height * (1 - tenth / 10)
+        parts.append(
+            f'<line class="frame" x1="{left}" x2="{left + width}" y1="{y}" y2="{y}"/>'
+            f'<text class="soft" x="{left - 8}" y="{y + 4}" text-anchor="end">{tenth * 10}%</text>'
+        )
+    for i in range(count):
+        x = left + i * step
+        parts.append(f'<text class="soft" x="{x}" y="{top + height + 18}" text-anchor="middle">{i}</text>')
+    parts.append(f'<text class="soft" x="{left}" y="{top + height + 38}">{escape(x_label)}</text>')
+    for row, (name, values) in enumerate(series.items()):
+        colour = f"var({LINE_COLOURS[row % len(LINE_COLOURS)]})"
+        points = [(left + i * step, top + height * (1 - value)) for i, value in enumerate(values)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{path}" style="fill: none; stroke: {colour}; stroke-width: 2.5"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill: {colour}"/>' for x, y in points]
+        y_legend = top + height + 58 + 20 * row
+        parts.append(
+            f'<rect x="{left}" y="{y_legend - 10}" width="14" height="10" rx="3" style="fill: {colour}"/>'
+            f'<text x="{left + 22}" y="{y_legend}">{escape(name)}</text>'
+        )
+    return "".join(parts) + "</svg>"
