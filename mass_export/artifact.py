@@ -6,7 +6,7 @@ The header's metadata holds `format`, `schema_version` and `info` (an `ArtifactI
     merged.<parameter>                   the tower of the first pass; absent when base_merge is zeroshot
     tasks.<task>.<parameter>.u|s|vh      factors of a matrix' delta: [D_out, R], [R], [R, D_in]
     tasks.<task>.<parameter>.delta       the delta of a vector parameter
-    router.<task>.vh                     the router's basis: [R, D]
+    router.<task>.<parameter>.vh         the router's basis at the tap that <parameter> reads: [R, D]
     heads.<task>.weight|bias             [C, E], [C]; the bias is optional
 
 Tensors are float32, float16 or bfloat16 in the file, and float32 once read. Equal artifacts give equal bytes.
@@ -50,7 +50,7 @@ class Artifact:
         base: parameters of the base tower.
         merged: parameters of the first pass' tower; empty when it is the base (`base_merge: zeroshot`).
         tasks: factors, in the order of `info.tasks`, as are all that follow.
-        router_bases: orthonormal rows. T times [R, D]
+        router_bases: of each task, by the parameter that reads the tap; orthonormal rows. [R, D] each
         heads: one per task.
     """
 
@@ -58,7 +58,7 @@ class Artifact:
     base: dict[str, Tensor]
     merged: dict[str, Tensor]
     tasks: tuple[TaskFactors, ...]
-    router_bases: tuple[Tensor, ...]
+    router_bases: tuple[dict[str, Tensor], ...]
     heads: tuple[Head, ...] = field(default=())
 
 
@@ -121,12 +121,13 @@ def _tensors_from_artifact(artifact: Artifact) -> dict[str, Tensor]:
     tensors = {f"base.{name}": tensor for name, tensor in artifact.base.items()}
     tensors |= {f"merged.{name}": tensor for name, tensor in artifact.merged.items()}
     rows = zip(names, artifact.tasks, artifact.router_bases, artifact.heads, strict=True)
-    for task, factors, router_basis, head in rows:
+    for task, factors, router_bases, head in rows:
         for name, matrix in factors.matrices.items():
             stem = f"tasks.{task}.{name}"
             tensors |= {f"{stem}.u": matrix.u, f"{stem}.s": matrix.s, f"{stem}.vh": matrix.vh}
         tensors |= {f"tasks.{task}.{name}.delta": delta for name, delta in factors.vectors.items()}
-        tensors |= {f"router.{task}.vh": router_basis, f"heads.{task}.weight": head.weight}
+        tensors |= {f"router.{task}.{name}.vh": vh for name, vh in router_bases.items()}
+        tensors[f"heads.{task}.weight"] = head.weight
         if head.bias is not None:
             tensors[f"heads.{task}.bias"] = head.bias
     return tensors
@@ -151,7 +152,10 @@ def _artifact_from_tensors(info: ArtifactInfo, tensors: Mapping[str, Tensor]) ->
         base={name: tensors[f"base.{name}"] for name in shapes},
         merged={name: tensors[f"merged.{name}"] for name in shapes if f"merged.{name}" in tensors},
         tasks=tuple(factors(name) for name in names),
-        router_bases=tuple(tensors[f"router.{name}.vh"] for name in names),
+        router_bases=tuple(
+            {tap.parameter: tensors[f"router.{name}.{tap.parameter}.vh"] for tap in info.taps()}
+            for name in names
+        ),
         heads=tuple(Head(tensors[f"heads.{n}.weight"], tensors.get(f"heads.{n}.bias")) for n in names),
     )
 
@@ -172,7 +176,8 @@ def _expected_shapes(info: ArtifactInfo) -> dict[str, tuple[int, ...]]:
                 expected[f"{stem}.vh"] = (_ANY_RANK, shape[1])
             else:
                 expected[f"{stem}.delta"] = shape
-        expected[f"router.{task.name}.vh"] = (_ANY_RANK, vision.width)
+        for tap in info.taps():
+            expected[f"router.{task.name}.{tap.parameter}.vh"] = (_ANY_RANK, vision.width)
         expected[f"heads.{task.name}.weight"] = (len(task.classes), vision.embed_dim)
         expected[f"heads.{task.name}.bias"] = (len(task.classes),)
     return expected

@@ -1,7 +1,7 @@
-"""The first pass: pixel values -> residuals, ending at the routing layer.
+"""The first pass: pixel values -> residuals, ending at the last tap of the router.
 
-Nothing behind the routing feature is in the graph. With the CLS token and the mlp site the routing block
-computes attention for the CLS query alone; with the attn site it computes only ln_1.
+Nothing behind the last tap is in the graph: with the CLS token, the last block that is read computes attention
+for the CLS query alone at the mlp site, and only ln_1 at the attn site. Head evidence needs the whole tower.
 """
 
 from __future__ import annotations
@@ -13,45 +13,86 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mass_export.artifact import Artifact
 from mass_export.graph import Graph
 from mass_export.routing import COVARIANCE_RIDGE
-from mass_export.spec import Norm, RouterSettings
-from mass_export.vit_graph import Layers, attention_residual, block, cls_attention_residual, cls_row, embed
+from mass_export.second_pass import add_heads
+from mass_export.spec import Norm, Tap
+from mass_export.vit_graph import (
+    Layers,
+    attention_residual,
+    block,
+    cls_attention_residual,
+    cls_row,
+    embed,
+    pool,
+)
+from runtime.routing import STD_EPSILON
 
 
-def add_first_pass(
-    layers: Layers, router: RouterSettings, bases: Sequence[Tensor], pixel_values: ir.Value
-) -> ir.Value:
+def add_first_pass(layers: Layers, artifact: Artifact, pixel_values: ir.Value) -> ir.Value:
     """Add the nodes of the first pass.
 
     Args:
         layers: first-pass parameters.
-        router: routing layer, site, token, norm.
-        bases: vh_i of the routing site, per task. [R_i, D]
+        artifact: router settings, bases and heads.
         pixel_values: normalised images. [B, 3, H, W]
 
     Returns:
         residuals [B, T]
     """
-    z = routing_feature(layers, router, pixel_values)
-    return residuals(layers.graph, z, stack_bases(bases), router.norm)
+    graph, router = layers.graph, artifact.info.router
+    taps = artifact.info.taps()
+    features, last = _features(layers, artifact, pixel_values, taps, whole=bool(router.evidence))
+    by_tap = []
+    for tap in taps:
+        bases = stack_bases([task[tap.parameter] for task in artifact.router_bases])
+        r = residuals(graph, features[tap], bases, router.norm, f"router.{tap.parameter}")
+        if router.standardize == "tasks":
+            r = standardize_over_tasks(graph, r, len(artifact.tasks))
+        by_tap.append(r)
+    score = by_tap[0]
+    for r in by_tap[1:]:
+        score = graph.op("Add", score, r)
+    if len(by_tap) > 1:
+        score = graph.op("Mul", score, graph.scalar(1 / len(by_tap)))
+    if router.evidence:
+        evidence = standardize_over_tasks(graph, _head_evidence(layers, artifact, last), len(artifact.tasks))
+        score = graph.op("Sub", score, graph.op("Mul", evidence, graph.scalar(router.evidence)))
+    return score
 
 
-def routing_feature(layers: Layers, router: RouterSettings, pixel_values: ir.Value) -> ir.Value:
-    """What the router reads: -> z [B, D]."""
-    graph, layer = layers.graph, router.layer
-    assert layer is not None
+def _features(
+    layers: Layers, artifact: Artifact, pixel_values: ir.Value, taps: Sequence[Tap], *, whole: bool
+) -> tuple[dict[Tap, ir.Value], ir.Value]:
+    """Routing features z [B, D] by tap, and the last residual stream (all of the tower's with `whole`)."""
+    token = artifact.info.router.token
+    features: dict[Tap, ir.Value] = {}
     x = embed(layers, pixel_values)
-    for index in range(layer):
+    depth = layers.spec.layers if whole else max(taps).layer
+    for index in range(depth):
+        if Tap(index, "attn") in taps:
+            features[Tap(index, "attn")] = _read(layers, f"transformer.resblocks.{index}.ln_1", x, token)
+        if Tap(index, "mlp") in taps:
+            after = attention_residual(layers, index, x)
+            features[Tap(index, "mlp")] = _read(layers, f"transformer.resblocks.{index}.ln_2", after, token)
         x = block(layers, index, x)
-    if router.site == "mlp":
-        attend = cls_attention_residual if router.token == "cls" else attention_residual
-        h = layers.layer_norm(f"transformer.resblocks.{layer}.ln_2", attend(layers, layer, x))
-    else:
-        x = cls_row(layers, x) if router.token == "cls" else x
-        h = layers.layer_norm(f"transformer.resblocks.{layer}.ln_1", x)
-    if router.token == "mean":
-        return graph.op("ReduceMean", h, graph.integers(1), keepdims=0)
+    if not whole:
+        if Tap(depth, "attn") in taps:
+            features[Tap(depth, "attn")] = _read(layers, f"transformer.resblocks.{depth}.ln_1", x, token)
+        if Tap(depth, "mlp") in taps:
+            attend = cls_attention_residual if token == "cls" else attention_residual
+            x = attend(layers, depth, x)
+            features[Tap(depth, "mlp")] = _read(layers, f"transformer.resblocks.{depth}.ln_2", x, token)
+    return features, x
+
+
+def _read(layers: Layers, norm: str, x: ir.Value, token: str) -> ir.Value:
+    """LayerNorm of the CLS token, or the mean over the tokens' LayerNorms: -> z [B, D]"""
+    graph = layers.graph
+    if token == "mean":
+        return graph.op("ReduceMean", layers.layer_norm(norm, x), graph.integers(1), keepdims=0)
+    h = layers.layer_norm(norm, cls_row(layers, x))
     return graph.op("Reshape", h, graph.integers(-1, layers.spec.width))
 
 
@@ -64,20 +105,20 @@ def stack_bases(bases: Sequence[Tensor]) -> NDArray[np.float32]:
     return stacked
 
 
-def residuals(graph: Graph, z: ir.Value, vh: NDArray[np.float32], norm: Norm) -> ir.Value:
+def residuals(graph: Graph, z: ir.Value, vh: NDArray[np.float32], norm: Norm, name: str) -> ir.Value:
     """Projection residuals of z [B, D] against stacked bases [T, R, D]: -> [B, T].
 
     The rows of vh are orthonormal, so for l2 `residual^2 = ||z||^2 - ||vh z||^2`: one product for all tasks.
-    The residual vector is orthogonal to the rows, so the Mahalanobis form of `mass_export.routing` is l2 / sqrt(1e-3).
-    For l1 the residual vectors themselves are needed.
+    The residual vector is orthogonal to the rows, so the Mahalanobis form of `mass_export.routing` is
+    l2 / sqrt(1e-3). For l1 the residual vectors themselves are needed.
     """
     T, R, D = vh.shape
     if norm == "l1":
-        stack = graph.weight("router.vh", vh)
+        stack = graph.weight(f"{name}.vh", vh)
         coefficients = graph.op("MatMul", z, graph.op("Transpose", stack, perm=[0, 2, 1]))  # [T, B, R]
         rest = graph.op("Sub", z, graph.op("MatMul", coefficients, stack))  # [T, B, D]
         return graph.op("Transpose", graph.op("ReduceL1", rest, graph.integers(-1), keepdims=0), perm=[1, 0])
-    flat = graph.weight("router.vh.T", vh.reshape(T * R, D).T)
+    flat = graph.weight(f"{name}.vh.T", vh.reshape(T * R, D).T)
     coefficients = graph.op("Reshape", graph.op("MatMul", z, flat), graph.integers(-1, T, R))
     inside = graph.op("ReduceSumSquare", coefficients, graph.integers(-1), keepdims=0)  # [B, T]
     total = graph.op("ReduceSumSquare", z, graph.integers(-1), keepdims=1)  # [B, 1]
@@ -85,3 +126,22 @@ def residuals(graph: Graph, z: ir.Value, vh: NDArray[np.float32], norm: Norm) ->
     if norm == "mahalanobis":
         squared = graph.op("Div", squared, graph.scalar(COVARIANCE_RIDGE))
     return graph.op("Sqrt", squared)
+
+
+def standardize_over_tasks(graph: Graph, values: ir.Value, T: int) -> ir.Value:
+    """Z-scores over the last axis, as in `mass_export.routing`; `values` is [B, T]."""
+    centred = graph.op("Sub", values, graph.op("ReduceMean", values, graph.integers(-1), keepdims=1))
+    total = graph.op("ReduceSumSquare", centred, graph.integers(-1), keepdims=1)
+    deviation = graph.op("Sqrt", graph.op("Div", total, graph.scalar(max(T - 1, 1))))
+    return graph.op("Div", centred, graph.op("Add", deviation, graph.scalar(STD_EPSILON)))
+
+
+def _head_evidence(layers: Layers, artifact: Artifact, x: ir.Value) -> ir.Value:
+    """`logsumexp(logits_i) - log C_i` of each head on the first pass' feature: -> [B, T]"""
+    graph = layers.graph
+    logits = add_heads(graph, pool(layers, cls_row(layers, x)), artifact.heads)
+    sizes = [len(task.classes) for task in artifact.info.tasks]
+    parts = graph.split(logits, sizes, axis=1) if len(sizes) > 1 else [logits]
+    claims = [graph.op("ReduceLogSumExp", part, graph.integers(-1), keepdims=1) for part in parts]
+    claim = graph.op("Concat", *claims, axis=1) if len(claims) > 1 else claims[0]
+    return graph.op("Sub", claim, graph.constant(np.log(np.array(sizes, dtype=np.float32))))

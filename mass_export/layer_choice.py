@@ -21,13 +21,14 @@ from torch import Tensor
 from mass_export.artifact import Artifact
 from mass_export.checkpoints import load_checkpoint
 from mass_export.datasets import load_labelled_images
+from mass_export.errors import RecipeError
 from mass_export.low_rank import factorize
-from mass_export.merge import SITE_PARAMETER, merge
+from mass_export.merge import merge
 from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.recipe import Recipe
 from mass_export.routing import projection_residuals, routing_feature
-from mass_export.spec import TaskInfo
+from mass_export.spec import Tap, TaskInfo
 from mass_export.task_vectors import compute_task_vector
 from mass_export.vit import attention, attention_input, embed, mlp, mlp_input
 from runtime.bundle import GateMode, TaskSpec
@@ -114,7 +115,7 @@ def score_layers(
 
 def with_layer(recipe: Recipe, score: LayerScore) -> Recipe:
     """The recipe with the layer and mode of a score."""
-    router = dataclasses.replace(recipe.router, layer=score.layer, mode=score.mode)
+    router = dataclasses.replace(recipe.router, layer=score.layer, layers=None, mode=score.mode)
     return dataclasses.replace(recipe, router=router)
 
 
@@ -127,8 +128,10 @@ def select(artifact: Artifact, residuals: NDArray[np.float32], mode: GateMode) -
 
 def bases_by_layer(recipe: Recipe, artifact: Artifact) -> list[list[Tensor]]:
     """The router's bases at every layer: vh_i [R, D] by layer and task."""
-    site, rank = SITE_PARAMETER[recipe.router.site], recipe.router.rank
-    names = [f"transformer.resblocks.{layer}.{site}" for layer in range(recipe.vision.layers)]
+    rank, site = recipe.router.rank, recipe.router.site
+    if site == "both":
+        raise RecipeError("router.site: choosing a layer needs one site, mlp or attn.")
+    names = [Tap(layer, site).parameter for layer in range(recipe.vision.layers)]
     if rank is None:
         return [[task.matrices[name].vh for task in artifact.tasks] for name in names]
     bases: list[list[Tensor]] = [[] for _ in names]

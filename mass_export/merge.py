@@ -16,11 +16,9 @@ from mass_export.low_rank import LowRank, factorize
 from mass_export.merging import merge_isotropic, merge_tsvm
 from mass_export.progress import Progress
 from mass_export.recipe import Recipe, TaskRecipe
-from mass_export.spec import ArtifactInfo, BaseMerge, RouterSettings, TaskInfo, rank_of
+from mass_export.spec import ArtifactInfo, BaseMerge, TaskInfo, rank_of
 from mass_export.task_vectors import compute_task_vector, is_matrix
 from runtime.bundle import sha256_of_file
-
-SITE_PARAMETER = {"mlp": "mlp.c_fc.weight", "attn": "attn.in_proj_weight"}
 
 
 def merge(recipe: Recipe, progress: Progress, dtype: torch.dtype = torch.float32) -> Artifact:
@@ -37,13 +35,13 @@ def merge(recipe: Recipe, progress: Progress, dtype: torch.dtype = torch.float32
     base = load_checkpoint(recipe.base, recipe.vision)
     heads = tuple(load_head(t.head, t.name, t.classes, recipe.vision.embed_dim) for t in recipe.tasks)
     tasks: list[TaskFactors] = []
-    router_bases: list[Tensor] = []
+    router_bases: list[dict[str, Tensor]] = []
     delta_sum = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in base.items()}
     for task in progress.track(recipe.tasks, "Factorising tasks"):
         task_vector = compute_task_vector(load_checkpoint(task.checkpoint, recipe.vision), base)
         factors = factorize_task(task_vector, recipe, task, dtype)
         tasks.append(factors)
-        router_bases.append(_router_basis(task_vector, factors, recipe.router, dtype))
+        router_bases.append(_router_bases(task_vector, factors, recipe, dtype))
         for name, delta in task_vector.items():
             delta_sum[name] += delta
     if recipe.base_merge_file is not None:
@@ -59,6 +57,8 @@ def merge(recipe: Recipe, progress: Progress, dtype: torch.dtype = torch.float32
         router=recipe.router,
         rank_ratios=tuple(t.rank_ratio for t in recipe.tasks),
         provenance=_provenance(recipe),
+        ranks=tuple(t.rank for t in recipe.tasks),
+        model_config=recipe.model_config,
     )
     return Artifact(info, base, merged, tuple(tasks), tuple(router_bases), heads)
 
@@ -85,15 +85,18 @@ def _rank_setting(recipe: Recipe, task: TaskRecipe) -> tuple[float | None, int |
     return recipe.rank_ratio, recipe.rank
 
 
-def _router_basis(
-    task_vector: dict[str, Tensor], factors: TaskFactors, router: RouterSettings, dtype: torch.dtype
-) -> Tensor:
-    """Right basis of the matrix that reads the routing site, at the router's own rank if it has one. [R, D]"""
-    assert router.layer is not None
-    name = f"transformer.resblocks.{router.layer}.{SITE_PARAMETER[router.site]}"
-    if router.rank is None:
-        return factors.matrices[name].vh
-    return factorize(task_vector[name], min(router.rank, *task_vector[name].shape)).vh.to(dtype).contiguous()
+def _router_bases(
+    task_vector: dict[str, Tensor], factors: TaskFactors, recipe: Recipe, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Right bases of the matrices that read the taps, at the router's own rank if it has one. [R, D] each"""
+    bases = {}
+    for tap in recipe.router.taps(recipe.vision.layers):
+        vh, rank = factors.matrices[tap.parameter].vh, recipe.router.rank
+        if rank is not None and rank > vh.shape[0]:
+            delta = task_vector[tap.parameter]
+            vh = factorize(delta, min(rank, *delta.shape)).vh.to(dtype)
+        bases[tap.parameter] = vh[:rank].contiguous()
+    return bases
 
 
 def merge_first_pass(

@@ -16,12 +16,19 @@ from torch import Tensor
 
 from mass_export.artifact import Artifact
 from mass_export.merging import merge_sum, merge_tsvm
-from mass_export.routing import projection_residuals, routing_feature
+from mass_export.routing import (
+    combine_taps,
+    head_evidence,
+    projection_residuals,
+    routing_feature,
+    standardize_over_tasks,
+)
 from mass_export.second_pass import head_biases
-from mass_export.vit import encode, site_tokens
+from mass_export.vit import encode, tap_tokens
 from runtime.bundle import TaskSpec
 from runtime.classifier import ForwardResult
 from runtime.routing import Selection, answer, gates_from_residuals, select_tasks
+from runtime.verification import verify_routes
 
 CACHED_SETS = 16
 
@@ -38,7 +45,8 @@ class MassModel:
         self.artifact = artifact
         self.dtype = dtype
         self._first_pass = {name: p.to(dtype) for name, p in (artifact.merged or artifact.base).items()}
-        self._bases = [vh.to(dtype) for vh in artifact.router_bases]
+        self._taps = artifact.info.taps()
+        self._bases = [{name: vh.to(dtype) for name, vh in bases.items()} for bases in artifact.router_bases]
         self._head_weight = torch.cat([head.weight for head in artifact.heads]).to(dtype)
         self._head_bias = torch.from_numpy(head_biases(artifact.heads)).to(dtype)
         self._merged: OrderedDict[tuple[object, ...], dict[str, Tensor]] = OrderedDict()
@@ -50,11 +58,25 @@ class MassModel:
 
     @torch.inference_mode()
     def residuals(self, pixel_values: Tensor) -> Tensor:
-        """First pass: distance of the routing feature to each task's subspace. [B, 3, H, W] -> [B, T]"""
+        """First pass: distance of the routing features to each task's subspaces. [B, 3, H, W] -> [B, T]"""
         router, spec = self.artifact.info.router, self.artifact.info.vision
-        assert router.layer is not None
-        tokens = site_tokens(self._first_pass, pixel_values.to(self.dtype), spec, router.layer, router.site)
-        return projection_residuals(routing_feature(tokens, router.token), self._bases, router.norm)
+        pixel_values = pixel_values.to(self.dtype)
+        tokens = tap_tokens(self._first_pass, pixel_values, spec, self._taps)
+        by_tap = [
+            projection_residuals(
+                routing_feature(tokens[tap], router.token),
+                [bases[tap.parameter] for bases in self._bases],
+                router.norm,
+            )
+            for tap in self._taps
+        ]
+        score = combine_taps(torch.stack(by_tap, dim=1), router.standardize)
+        if router.evidence:
+            feature = encode(self._first_pass, pixel_values, spec)
+            sizes = [len(task.classes) for task in self.artifact.info.tasks]
+            evidence = head_evidence(feature, self._head_weight, self._head_bias, sizes)
+            score = score - router.evidence * standardize_over_tasks(evidence)
+        return score
 
     def route(
         self, residuals: NDArray[np.floating], allowed: Sequence[int] | None = None
@@ -124,7 +146,18 @@ class MassModel:
         else:
             residuals = self.residuals(pixel_values).numpy()
             gates, selection = self.route(residuals, allowed)
-        logits = self._logits_by_set(pixel_values, gates, selection)
+        logits = self._logits_by_set(pixel_values, gates, selection.sets())
+        verified = np.zeros(B, np.bool_)
+        if residuals is not None:
+            selection, verified = verify_routes(
+                selection,
+                logits,
+                residuals,
+                allowed=None if tasks is None else allowed,
+                settings=self.artifact.info.router,
+                tasks=self._task_specs(),
+                run=lambda rows, sets: self._logits_by_set(pixel_values[rows], gates[rows], sets),
+            )
         task_index, class_index = answer(
             logits, self._task_specs(), selection, self.artifact.info.merge.head_choice
         )
@@ -135,15 +168,16 @@ class MassModel:
             logits=logits,
             task_index=task_index,
             class_index=class_index,
+            verified=verified,
         )
 
     def _logits_by_set(
-        self, pixel_values: Tensor, gates: NDArray[np.float32], selection: Selection
+        self, pixel_values: Tensor, gates: NDArray[np.float32], sets: Sequence[tuple[int, ...]]
     ) -> NDArray[np.floating]:
         settings = self.artifact.info.merge
         per_sample_gates = settings.compose == "sum" and settings.sum_weights == "gates"
         groups: dict[tuple[tuple[int, ...], tuple[float, ...] | None], list[int]] = {}
-        for b, tasks in enumerate(selection.sets()):
+        for b, tasks in enumerate(sets):
             key = tuple(float(g) for g in gates[b, list(tasks)]) if per_sample_gates else None
             groups.setdefault((tasks, key), []).append(b)
         logits = np.empty(

@@ -90,7 +90,7 @@ def _write_first_pass(artifact: Artifact, weights: WeightsFile, directory: Path)
     shares_base = not artifact.merged
     params, prefix = (artifact.base, "base.") if shares_base else (artifact.merged, "merged.")
     layers = Layers(graph, artifact.info.vision, params, prefix)
-    residuals = add_first_pass(layers, artifact.info.router, artifact.router_bases, pixel_values)
+    residuals = add_first_pass(layers, artifact, pixel_values)
     shape: list[int | str] = ["B", len(artifact.tasks)]
     return graph.save(
         directory / f"{FIRST_PASS}.onnx", {"residuals": (residuals, shape)}, mass_export.__version__
@@ -130,7 +130,6 @@ def _manifest(
         tasks.append(TaskSpec(task.name, task.classes, start, start + len(task.classes)))
         start += len(task.classes)
     router = info.router
-    assert router.layer is not None
     return Manifest(
         format=FORMAT,
         schema_version=SCHEMA_VERSION,
@@ -146,7 +145,10 @@ def _manifest(
             max_tasks=router.max_tasks,
             head_choice=info.merge.head_choice,
             sum_weights=info.merge.sum_weights,
-            layer=router.layer,
+            verify_margin=router.verify_margin,
+            verify_budget=router.verify_budget,
+            verify_prior=router.verify_prior,
+            layers=tuple(sorted({tap.layer for tap in info.taps()})),
             site=router.site,
             token=router.token,
             norm=router.norm,

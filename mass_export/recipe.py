@@ -247,12 +247,11 @@ def _router_settings(top: Mapping[str, Any], layers: int, path: Path) -> RouterS
     router = RouterSettings.from_mapping(
         {} if top.get("router") is None else top["router"], str(path), "router"
     )
-    if router.layer is None:
+    if router.layer is None and router.layers is None:
         return dataclasses.replace(router, layer=default_routing_layer(layers))
-    if router.layer >= layers:
-        raise RecipeError(
-            f"{path}: router.layer: expected 0 to {layers - 1} for this model, got {router.layer}."
-        )
+    deepest = max(tap.layer for tap in router.taps(layers))
+    if deepest >= layers:
+        raise RecipeError(f"{path}: router.layer: expected 0 to {layers - 1} for this model, got {deepest}.")
     return router
 
 

@@ -1,6 +1,7 @@
-"""The projection router in torch: routing feature -> residuals (arXiv 2504.05342, section 4.2).
+"""The router in torch: taps -> residuals -> one score per task (arXiv 2504.05342, section 4.2, and extensions).
 
-Gates and sets come from `runtime.routing`, which the device uses too.
+The paper's router reads one layer and scores a task by its projection residual. `combine_taps` extends this to
+several layers. Gates and sets come from `runtime.routing`, which the device uses too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mass_export.spec import Norm, Token
+from mass_export.spec import Norm, Standardize, Token
+from runtime.routing import STD_EPSILON
 
 COVARIANCE_RIDGE = 1e-3
 
@@ -42,6 +44,46 @@ def projection_residuals(z: Tensor, bases: Sequence[Tensor], norm: Norm) -> Tens
         else:
             columns.append((r @ _precision(vh) * r).sum(dim=1).clamp_min(0).sqrt())
     return torch.stack(columns, dim=1)
+
+
+def standardize_over_tasks(values: Tensor) -> Tensor:
+    """Z-scores over the last axis, `(v - mean) / (std + 1e-6)` with the sample deviation; zero for one task."""
+    if values.shape[-1] == 1:
+        return torch.zeros_like(values)
+    centred = values - values.mean(dim=-1, keepdim=True)
+    return centred / (values.std(dim=-1, keepdim=True) + STD_EPSILON)
+
+
+def combine_taps(residuals: Tensor, standardize: Standardize) -> Tensor:
+    """Average the taps' residuals, standardised over the tasks first if asked.
+
+    Args:
+        residuals: of each tap. [B, L, T]
+        standardize: see `RouterSettings`.
+
+    Returns:
+        score: lower matches better; for one tap and `none` the residual itself. [B, T]
+    """
+    if standardize == "tasks":
+        residuals = standardize_over_tasks(residuals)
+    return residuals.mean(dim=1)
+
+
+def head_evidence(feature: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int]) -> Tensor:
+    """How strongly each head claims the feature: `logsumexp(logits_i) - log C_i`, higher is better.
+
+    Args:
+        feature: L2-normalised. [B, E]
+        weight: all heads, tasks in order. [sum C, E]
+        bias: [sum C]
+        sizes: C_i.
+
+    Returns:
+        evidence [B, T]
+    """
+    logits = torch.split(feature @ weight.T + bias, list(sizes), dim=1)
+    log_sizes = torch.tensor(sizes, dtype=feature.dtype).log()
+    return torch.stack([part.logsumexp(dim=1) for part in logits], dim=1) - log_sizes
 
 
 def _precision(vh: Tensor) -> Tensor:

@@ -192,8 +192,11 @@ class AdaptiveLayers(Layers):
 
 def add_second_pass(layers: AdaptiveLayers, heads: Sequence[Head], pixel_values: ir.Value) -> ir.Value:
     """Add the nodes of the second pass: -> logits [B, sum C_i], tasks in order."""
-    graph = layers.graph
-    feature = encode(layers, pixel_values)
+    return add_heads(layers.graph, encode(layers, pixel_values), heads)
+
+
+def add_heads(graph: Graph, feature: ir.Value, heads: Sequence[Head]) -> ir.Value:
+    """Every head on a normalised feature: [B, E] -> logits [B, sum C_i]."""
     weight = np.concatenate([head.weight.float().numpy() for head in heads])
     logits = graph.op("MatMul", feature, graph.weight("heads.weight.T", weight.T))
     if all(head.bias is None for head in heads):

@@ -7,13 +7,13 @@ without `visual.`. Letters: B batch, N tokens (CLS first), D width, E embed_dim,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mass_export.spec import Activation, Site, VisionSpec
+from mass_export.spec import Activation, Tap, VisionSpec
 
 Parameters = Mapping[str, Tensor]
 
@@ -71,15 +71,22 @@ def encode(params: Parameters, pixel_values: Tensor, spec: VisionSpec) -> Tensor
     return F.normalize(pooled @ params["proj"], dim=-1)
 
 
-def site_tokens(params: Parameters, pixel_values: Tensor, spec: VisionSpec, layer: int, site: Site) -> Tensor:
-    """What the router reads: the input of block `layer`'s mlp or attention; later parts do not run. [B, N, D]"""
+def tap_tokens(
+    params: Parameters, pixel_values: Tensor, spec: VisionSpec, taps: Collection[Tap]
+) -> dict[Tap, Tensor]:
+    """What the router reads at each tap; nothing behind the last one runs. [B, N, D] each"""
+    tokens: dict[Tap, Tensor] = {}
     x = embed(params, pixel_values, spec)
-    for index in range(layer):
-        x = block(params, index, x, spec)
-    h = attention_input(params, layer, x, spec)
-    if site == "attn":
-        return h
-    return mlp_input(params, layer, x + attention(params, layer, h, spec), spec)
+    for index in range(max(taps).layer + 1):
+        h = attention_input(params, index, x, spec)
+        tokens[Tap(index, "attn")] = h
+        if max(taps) == Tap(index, "attn"):
+            break
+        x = x + attention(params, index, h, spec)
+        h = mlp_input(params, index, x, spec)
+        tokens[Tap(index, "mlp")] = h
+        x = x + mlp(params, index, h, spec)
+    return {tap: tokens[tap] for tap in taps}
 
 
 def _activate(h: Tensor, activation: Activation) -> Tensor:

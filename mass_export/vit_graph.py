@@ -137,13 +137,18 @@ def mlp_residual(layers: Layers, index: int, x: ir.Value) -> ir.Value:
 
 def encode(layers: Layers, pixel_values: ir.Value) -> ir.Value:
     """The L2-normalised image feature: [B, 3, H, W] -> [B, E]. The last block runs for CLS alone."""
-    graph, spec = layers.graph, layers.spec
+    spec = layers.spec
     x = embed(layers, pixel_values)
     for index in range(spec.layers - 1):
         x = block(layers, index, x)
     x = cls_attention_residual(layers, spec.layers - 1, x)
-    x = mlp_residual(layers, spec.layers - 1, x)
-    feature = layers.projection(layers.layer_norm("ln_post", x))  # [B, 1, E]
+    return pool(layers, mlp_residual(layers, spec.layers - 1, x))
+
+
+def pool(layers: Layers, cls: ir.Value) -> ir.Value:
+    """CLS token of the last residual stream -> L2-normalised image feature: [B, 1, D] -> [B, E]."""
+    graph, spec = layers.graph, layers.spec
+    feature = layers.projection(layers.layer_norm("ln_post", cls))  # [B, 1, E]
     feature = graph.op("Reshape", feature, graph.integers(-1, spec.embed_dim))
     length = graph.op("ReduceL2", feature, graph.integers(-1), keepdims=1)
     return graph.op("Div", feature, graph.op("Max", length, graph.scalar(1e-12)))

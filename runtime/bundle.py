@@ -21,13 +21,14 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.engine_spec import EngineSpec, Precision
 from runtime.errors import BundleError
 
 FORMAT = "mass-bundle"
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-FIRST_PASS = "first_pass"  # noqa: S105 (a pass of the model, no password)
-SECOND_PASS = "second_pass"  # noqa: S105
+FIRST_PASS = "first_pass"
+SECOND_PASS = "second_pass"
 MAX_MANIFEST_BYTES = 64 << 20
 _MAX_FLOAT = 1e300
 
@@ -117,7 +118,7 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """How residuals become gates, sets and answers; `layer` to `norm` only describe the first pass.
+    """How residuals become gates, sets and answers; `layers` to `norm` only describe the first pass.
 
     Attributes:
         mode: of the gates, see `runtime.routing.gates_from_residuals`.
@@ -126,8 +127,12 @@ class RouterSpec:
         max_tasks: cap of `topk`, >= 1.
         head_choice: how the heads of a set compete: by their largest or their mean logit.
         sum_weights: the second pass' `weights`: 1/K, or with `compose` sum the set's gates, renormalised.
-        layer: transformer block that is read, counted from 0.
-        site: `mlp` or `attn`, the branch of the block that is read.
+        verify_margin: top-1 routes whose two best scores differ by less are verified, see
+            `runtime.verification`; 0 is off.
+        verify_budget: share of a batch that may be verified, in [0, 1].
+        verify_prior: weight of the score against the heads' confidence there, >= 0.
+        layers: transformer blocks that are read, counted from 0.
+        site: `mlp`, `attn` or `both`, the branches of the blocks that are read.
         token: `cls` or `mean`.
         norm: of the residual: `l2`, `l1` or `mahalanobis`.
     """
@@ -138,7 +143,10 @@ class RouterSpec:
     max_tasks: int
     head_choice: HeadChoice
     sum_weights: SumWeights = field(default="uniform", kw_only=True)
-    layer: int
+    verify_margin: float = field(default=0.0, kw_only=True)
+    verify_budget: float = field(default=1.0, kw_only=True)
+    verify_prior: float = field(default=1.0, kw_only=True)
+    layers: tuple[int, ...]
     site: str
     token: str
     norm: str
@@ -165,7 +173,7 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a bundle but the numbers."""
+    """Everything about a bundle but the numbers; `precision` is that of the ONNX graphs."""
 
     format: str
     schema_version: int
@@ -179,6 +187,8 @@ class Manifest:
     matrices: tuple[MatrixBases, ...]
     files: dict[str, FileSpec]
     provenance: dict[str, Any]
+    precision: Precision = "fp32"
+    engines: tuple[EngineSpec, ...] = ()
 
 
 def json_from_manifest(manifest: Manifest) -> str:
@@ -218,6 +228,12 @@ def router_fault(router: RouterSpec) -> str | None:
         return f"temperature must be finite and > 0, got {router.temperature}"
     if router.max_tasks < 1:
         return f"max_tasks must be >= 1, got {router.max_tasks}"
+    for name in ("verify_margin", "verify_prior"):
+        value = getattr(router, name)
+        if not (value >= 0 and math.isfinite(value)):
+            return f"{name} must be finite and >= 0, got {value}"
+    if not 0 <= router.verify_budget <= 1:
+        return f"verify_budget must lie in [0, 1], got {router.verify_budget}"
     return None
 
 
@@ -232,6 +248,8 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
         raise BundleError(
             f"{where}: passes must be {FIRST_PASS} and {SECOND_PASS}, got {sorted(manifest.passes)}."
         )
+    if strays := {engine.pass_name for engine in manifest.engines} - set(manifest.passes):
+        raise BundleError(f"{where}: engines of unknown passes {sorted(strays)}.")
     _check_file_names(manifest, where)
     for matrix in manifest.matrices:
         _check_matrix(matrix, manifest, where)
@@ -253,7 +271,7 @@ def _check_tasks(tasks: tuple[TaskSpec, ...], where: str) -> None:
 
 def _check_file_names(manifest: Manifest, where: str) -> None:
     arrays = [array for matrix in manifest.matrices for array in (matrix.u_t, matrix.s, matrix.vh)]
-    used = {spec.file for spec in manifest.passes.values()} | {array.file for array in arrays}
+    used = {spec.file for spec in (*manifest.passes.values(), *manifest.engines, *arrays)}
     for name in sorted(used | set(manifest.files)):
         plain = PurePosixPath(name).name == name and name.isprintable()
         if not plain or name in ("", "..", MANIFEST_FILE) or any(mark in name for mark in "\\:"):

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,8 @@ from runtime.errors import BackendError, InputError
 from runtime.prediction import ForwardResult, Prediction, joined, predictions_from_result
 from runtime.preprocess import ImageSource, pixel_values_from_images
 from runtime.routing import Selection, answer, gates_from_residuals, select_tasks
-from runtime.second_pass import run_second_pass
+from runtime.second_pass import TaskSet, run_second_pass
+from runtime.verification import verify_routes
 
 __all__ = ["Classifier", "ForwardResult", "Prediction"]
 
@@ -200,17 +201,29 @@ class Classifier:
             _require_finite("residuals", residuals)
             gates = gates_from_residuals(residuals, router.mode, router.temperature, allowed)
             selection = select_tasks(gates, router.mode, router.threshold, router.max_tasks)
+        logits = self._second_pass(pixel_values, selection.sets(), gates)
+        verified = np.zeros(len(logits), np.bool_)
+        if residuals is not None:
+            selection, verified = verify_routes(
+                selection,
+                logits,
+                residuals,
+                allowed=allowed,
+                settings=router,
+                tasks=self.manifest.tasks,
+                run=lambda rows, sets: self._second_pass(pixel_values[rows], sets, gates[rows]),
+            )
+        task_index, class_index = answer(logits, self.manifest.tasks, selection, router.head_choice)
+        return ForwardResult(residuals, gates, selection.selected, logits, task_index, class_index, verified)
+
+    def _second_pass(
+        self, pixel_values: NDArray[np.float32], sets: Sequence[TaskSet], gates: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
         logits = run_second_pass(
-            self._second,
-            self.manifest,
-            self._cores,
-            pixel_values=pixel_values,
-            sets=selection.sets(),
-            gates=gates,
+            self._second, self.manifest, self._cores, pixel_values=pixel_values, sets=sets, gates=gates
         )
         _require_finite("logits", logits)
-        task_index, class_index = answer(logits, self.manifest.tasks, selection, router.head_choice)
-        return ForwardResult(residuals, gates, selection.selected, logits, task_index, class_index)
+        return logits
 
     def _require_open(self) -> None:
         if self._closed:

@@ -25,6 +25,7 @@ class ForwardResult:
         logits: every head on the second-pass feature, tasks in order. [B, sum C] float32
         task_index: the task that answers. [B] int64
         class_index: its class, within the task. [B] int64
+        verified: routes that were unsure, so that the second-best task was run, too. [B] bool
     """
 
     residuals: NDArray[np.float32] | None
@@ -33,6 +34,7 @@ class ForwardResult:
     logits: NDArray[np.float32]
     task_index: NDArray[np.int64]
     class_index: NDArray[np.int64]
+    verified: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def joined(parts: Sequence[ForwardResult]) -> ForwardResult:
         logits=np.concatenate([part.logits for part in parts]),
         task_index=np.concatenate([part.task_index for part in parts]),
         class_index=np.concatenate([part.class_index for part in parts]),
+        verified=np.concatenate([part.verified for part in parts]),
     )
 
 

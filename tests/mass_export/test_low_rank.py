@@ -17,7 +17,9 @@ def test_full_rank_reconstructs_the_matrix(rows: int, columns: int, seed: int) -
 
 
 @given(sizes, sizes, st.integers(0, 2**31), st.data())
-def test_bases_are_orthonormal_and_values_descend(rows: int, columns: int, seed: int, data: st.DataObject) -> None:
+def test_bases_are_orthonormal_and_values_descend(
+    rows: int, columns: int, seed: int, data: st.DataObject
+) -> None:
     rank = data.draw(st.integers(1, min(rows, columns)))
     delta = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     low_rank = factorize(delta, rank)

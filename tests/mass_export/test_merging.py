@@ -35,7 +35,9 @@ def test_tsvm_of_orthogonal_tasks_is_their_sum() -> None:
     u, v = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0], torch.eye(8, dtype=torch.float64)
     first = LowRank(u[:, :2], torch.tensor([3.0, 1.0], dtype=torch.float64), v[:2])
     second = LowRank(u[:, 2:5], torch.tensor([5.0, 2.0, 1.0], dtype=torch.float64), v[2:5])
-    torch.testing.assert_close(merge_tsvm([first, second]), first.delta() + second.delta(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        merge_tsvm([first, second]), first.delta() + second.delta(), rtol=0, atol=1e-12
+    )
 
 
 def test_tsvm_does_not_depend_on_the_order_of_tasks() -> None:

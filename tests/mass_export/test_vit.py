@@ -7,8 +7,8 @@ import pytest
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 
-from mass_export.spec import VisionSpec
-from mass_export.vit import encode, site_tokens
+from mass_export.spec import Tap, VisionSpec
+from mass_export.vit import encode, tap_tokens
 
 VARIANTS = {
     "plain": {},
@@ -39,7 +39,9 @@ def open_clip_tower(spec: VisionSpec, params: dict[str, torch.Tensor]) -> Vision
     return tower.double()
 
 
-def test_features_equal_open_clips(spec: VisionSpec, pico_tower: Callable[..., dict[str, torch.Tensor]]) -> None:
+def test_features_equal_open_clips(
+    spec: VisionSpec, pico_tower: Callable[..., dict[str, torch.Tensor]]
+) -> None:
     params = pico_tower(0, spec)
     images = torch.randn(3, 3, *spec.image_size, dtype=torch.float64)
     tower = open_clip_tower(spec, params)
@@ -50,7 +52,7 @@ def test_features_equal_open_clips(spec: VisionSpec, pico_tower: Callable[..., d
 
 
 @pytest.mark.parametrize(("site", "module"), [("mlp", "mlp"), ("attn", "attn")])
-def test_site_tokens_are_what_open_clips_module_receives(
+def test_tap_tokens_are_what_open_clips_module_receives(
     site: str, module: str, spec: VisionSpec, pico_tower: Callable[..., dict[str, torch.Tensor]]
 ) -> None:
     params = pico_tower(1, spec)
@@ -65,5 +67,6 @@ def test_site_tokens_are_what_open_clips_module_receives(
     tokens = seen[0]
     if tokens.shape[0] == spec.tokens:  # some versions put tokens first
         tokens = tokens.transpose(0, 1)
-    actual = site_tokens({name: p.double() for name, p in params.items()}, images, spec, 1, site)
+    tap = Tap(1, site)
+    actual = tap_tokens({name: p.double() for name, p in params.items()}, images, spec, [tap])[tap]
     torch.testing.assert_close(actual, tokens.detach(), rtol=0, atol=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import sys
@@ -104,7 +105,9 @@ class Case:
         expected = self.expected
         np.testing.assert_allclose(actual.residuals, expected["residuals"], rtol=residuals, atol=residuals)
         np.testing.assert_allclose(actual.gates, expected["gates"], rtol=0, atol=gates)
-        np.testing.assert_allclose(actual.logits, np.concatenate(expected["logits"], axis=1), rtol=0, atol=logits)
+        np.testing.assert_allclose(
+            actual.logits, np.concatenate(expected["logits"], axis=1), rtol=0, atol=logits
+        )
         assert [set(np.flatnonzero(row)) for row in actual.selected] == [set(s) for s in expected["sets"]]
         np.testing.assert_array_equal(actual.task_index, expected["tasks"])
         np.testing.assert_array_equal(actual.class_index, expected["classes"])
@@ -211,3 +214,80 @@ def test_the_same_checkpoint_twice_and_a_task_equal_to_the_base_give_finite_answ
     np.testing.assert_allclose(result.logits, eager.logits, rtol=0, atol=1e-4)
     np.testing.assert_allclose(result.residuals[:, 0], result.residuals[:, 1], rtol=1e-5)
     assert (result.residuals[:, 2] >= result.residuals.max(axis=1) - 1e-5).all()
+
+
+def standardized(values: np.ndarray) -> np.ndarray:
+    return (values - values.mean(axis=1, keepdims=True)) / (values.std(axis=1, ddof=1, keepdims=True) + 1e-6)
+
+
+@pytest.mark.parametrize("base_merge", ["tsvm", "zeroshot"])
+@pytest.mark.parametrize("evidence", [0.0, 0.5])
+def test_several_taps_and_head_evidence_equal_the_reference(
+    base_merge: str, evidence: float, pico_files: Callable[..., Path], tmp_path: Path
+) -> None:
+    router = {"layers": [0, 2], "site": "both", "standardize": "tasks", "evidence": evidence} | MODES["top1"]
+    recipe = pico_files(tasks=TASKS, base_merge=base_merge, router=router)
+    case = Case(recipe, tmp_path, layer=0, site="mlp")
+    single = [
+        Case(recipe, tmp_path, layer=layer, site=site).expected["residuals"]
+        for layer in (0, 2)
+        for site in ("attn", "mlp")
+    ]
+    score = np.mean([standardized(r) for r in single], axis=0)
+    if evidence:
+        score = score - evidence * standardized(head_claims(case))
+    eager, exported = case.eager(), case.onnx()
+    np.testing.assert_allclose(eager.residuals, score, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(exported.residuals, score, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(eager.selected.argmax(axis=1), score.argmin(axis=1))
+    np.testing.assert_array_equal(exported.selected, eager.selected)
+    np.testing.assert_allclose(exported.logits, eager.logits, rtol=0, atol=2e-4)
+
+
+def head_claims(case: Case) -> np.ndarray:
+    """logsumexp of each head's logits on the first pass' feature, less the log of its size."""
+    artifact = case.exact_artifact
+    tower = {name: t.numpy() for name, t in (artifact.merged or artifact.base).items()}
+    feature = numpy_mass.normalize(numpy_mass.vit_forward(tower, case.images.astype(np.float64), 2).feature)
+    claims = []
+    for head in artifact.heads:
+        bias = 0 if head.bias is None else head.bias.double().numpy()
+        logits = feature @ head.weight.double().numpy().T + bias
+        claims.append(np.log(np.exp(logits).sum(axis=1)) - np.log(logits.shape[1]))
+    return np.stack(claims, axis=1)
+
+
+def test_verified_routes_are_the_better_of_the_two_best_tasks(
+    pico_files: Callable[..., Path], tmp_path: Path
+) -> None:
+    router = {"layers": [0, 1, 2], "standardize": "tasks", "verify_margin": 0.4, "verify_prior": 0.5}
+    case = Case(pico_files(tasks=TASKS, router=router | MODES["top1"]), tmp_path, layer=1)
+    plain = MassModel(
+        dataclasses.replace(
+            case.exact_artifact,
+            info=dataclasses.replace(
+                case.exact_artifact.info,
+                router=dataclasses.replace(case.exact_artifact.info.router, verify_margin=0.0),
+            ),
+        ),
+        torch.float64,
+    )
+    images = torch.from_numpy(case.images)
+    first = plain.forward(images)
+    singles = [plain.forward(images, tasks=[name]) for name in plain.task_names]
+    expected = first.task_index.copy()
+    order = np.argsort(first.residuals, axis=1)
+    unsure = np.diff(np.take_along_axis(first.residuals, order[:, :2], axis=1))[:, 0] < 0.4
+    starts = np.cumsum([0, *(len(t.classes) for t in case.artifact.info.tasks)])
+    for b in np.flatnonzero(unsure):
+        values = []
+        for task in order[b, :2]:
+            head = singles[task].logits[b, starts[task] : starts[task + 1]]
+            values.append(np.log(np.exp(head).max() / np.exp(head).sum()) - 0.5 * first.residuals[b, task])
+        expected[b] = order[b, int(np.argmax(values))]
+    assert 0 < unsure.sum() < IMAGES
+    assert (expected != first.task_index).any()
+    for result in (case.eager(), case.onnx()):
+        np.testing.assert_array_equal(result.verified, unsure)
+        np.testing.assert_array_equal(result.task_index, expected)
+        np.testing.assert_array_equal(result.selected.argmax(axis=1), expected)

@@ -212,7 +212,7 @@ def write_bundle(toy, directory, compose="tsvm", **router):
         start += len(classes)
     settings = {
         "mode": "topk", "threshold": 0.2, "temperature": 1.0, "max_tasks": 3, "head_choice": "max",
-        "layer": 1, "site": "mlp", "token": "cls", "norm": "l2",
+        "layers": [1], "site": "mlp", "token": "cls", "norm": "l2",
     }  # fmt: skip
     manifest = Manifest(
         format=FORMAT,

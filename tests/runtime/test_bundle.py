@@ -55,7 +55,7 @@ def test_sum_weights_may_be_absent(edit_manifest):
         (set_key("schema_version", value="1"), "schema version '1'"),
         (drop_key("router"), r"missing keys \['router'\]"),
         (set_key("colour", value=1), r"unknown keys \['colour'\]"),
-        (drop_key("router", "layer"), r"router: missing keys \['layer'\]"),
+        (drop_key("router", "layers"), r"router: missing keys \['layers'\]"),
         (set_key("router", value=[]), "router: expected an object"),
         (set_key("router", "mode", value="best"), "router.mode: expected one of topk, top1, weighted"),
         (set_key("router", "threshold", value=1), "threshold must lie"),
