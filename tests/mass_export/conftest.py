@@ -11,6 +11,14 @@ import pytest
 WRONG_EVERY = 4
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Pico models are too small for several threads, which only wait for each other on a busy machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def pico_data(tmp_path: Path, pico_files: Callable[..., Path]) -> Callable[..., tuple[Path, Path]]:
     """`pico_data(tasks=3, splits={"val": 12, "test": 12}, **keys)`: recipe and data directory.
@@ -50,7 +58,9 @@ def pico_data(tmp_path: Path, pico_files: Callable[..., Path]) -> Callable[..., 
 
 
 @pytest.fixture
-def pico_bundle(tmp_path: Path, pico_data: Callable[..., tuple[Path, Path]]) -> Callable[..., tuple[Path, Path, Path]]:
+def pico_bundle(
+    tmp_path: Path, pico_data: Callable[..., tuple[Path, Path]]
+) -> Callable[..., tuple[Path, Path, Path]]:
     """`pico_bundle(**)`: recipe, data directory and exported bundle; arguments as for `pico_data`."""
     from mass_export.artifact import write_artifact
     from mass_export.merge import merge

@@ -116,7 +116,7 @@ def test_damaged_bytes_in_an_array_file_are_refused(tmp_path):
 def test_a_folder_that_is_no_class_is_refused(tmp_path):
     write_image(tmp_path / "pets/test/cat/a.png")
     write_image(tmp_path / "pets/test/horse/a.png")
-    with pytest.raises(DataError, match="no class of task 'pets': horse. Its classes: cat, dog"):
+    with pytest.raises(DataError, match=r"no class of task 'pets': horse\. Its classes: cat, dog"):
         load_labelled_images(tmp_path, TASK)
 
 
