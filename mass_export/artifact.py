@@ -8,6 +8,8 @@ The header's metadata holds `format`, `schema_version` and `info` (an `ArtifactI
     tasks.<task>.<parameter>.delta       the delta of a vector parameter
     router.<task>.<parameter>.vh         the router's basis at the tap that <parameter> reads: [R, D]
     heads.<task>.weight|bias             [C, E], [C]; the bias is optional
+    calibration.offset|scale             mean and spread of each task's residual at each tap: [L, T]; optional
+    calibration.weight|bias              linear discriminant: [T, D], [T]; optional
 
 Tensors are float32, float16 or bfloat16 in the file, and float32 once read. Equal artifacts give equal bytes.
 """
@@ -43,6 +45,27 @@ class TaskFactors:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What images taught the router; `info.calibration` says how it is used.
+
+    Attributes:
+        offset: subtracted from each tap's residuals. [L, T]
+        scale: then divides them, > 0. [L, T]
+        weight: linear discriminant on the feature at `info.calibration.discriminant`. [T, D] or None
+        bias: [T] or None
+    """
+
+    offset: Tensor
+    scale: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+
+@dataclass(frozen=True)
 class Artifact:
     """What `mass merge` makes.
 
@@ -52,6 +75,7 @@ class Artifact:
         tasks: factors, in the order of `info.tasks`, as are all that follow.
         router_bases: of each task, by the parameter that reads the tap; orthonormal rows. [R, D] each
         heads: one per task.
+        calibration: of the router, if there is one.
     """
 
     info: ArtifactInfo
@@ -60,6 +84,7 @@ class Artifact:
     tasks: tuple[TaskFactors, ...]
     router_bases: tuple[dict[str, Tensor], ...]
     heads: tuple[Head, ...] = field(default=())
+    calibration: Calibration | None = None
 
 
 def check_destination(path: Path, inputs: Iterable[Path]) -> None:
@@ -130,6 +155,8 @@ def _tensors_from_artifact(artifact: Artifact) -> dict[str, Tensor]:
         tensors[f"heads.{task}.weight"] = head.weight
         if head.bias is not None:
             tensors[f"heads.{task}.bias"] = head.bias
+    if artifact.calibration is not None:
+        tensors |= {f"calibration.{name}": t for name, t in artifact.calibration.tensors().items()}
     return tensors
 
 
@@ -157,7 +184,15 @@ def _artifact_from_tensors(info: ArtifactInfo, tensors: Mapping[str, Tensor]) ->
             for name in names
         ),
         heads=tuple(Head(tensors[f"heads.{n}.weight"], tensors.get(f"heads.{n}.bias")) for n in names),
+        calibration=_calibration(info, tensors),
     )
+
+
+def _calibration(info: ArtifactInfo, tensors: Mapping[str, Tensor]) -> Calibration | None:
+    if info.calibration is None:
+        return None
+    given = {name: tensors.get(f"calibration.{name}") for name in ("weight", "bias")}
+    return Calibration(tensors["calibration.offset"], tensors["calibration.scale"], **given)
 
 
 def _expected_shapes(info: ArtifactInfo) -> dict[str, tuple[int, ...]]:
@@ -180,6 +215,12 @@ def _expected_shapes(info: ArtifactInfo) -> dict[str, tuple[int, ...]]:
             expected[f"router.{task.name}.{tap.parameter}.vh"] = (_ANY_RANK, vision.width)
         expected[f"heads.{task.name}.weight"] = (len(task.classes), vision.embed_dim)
         expected[f"heads.{task.name}.bias"] = (len(task.classes),)
+    if info.calibration is not None:
+        table = (len(info.taps()), len(info.tasks))
+        expected |= {"calibration.offset": table, "calibration.scale": table}
+        if info.calibration.discriminant is not None:
+            expected["calibration.weight"] = (len(info.tasks), vision.width)
+            expected["calibration.bias"] = (len(info.tasks),)
     return expected
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from mass_export.checks import checked_mapping, is_int, is_real, require
 from mass_export.errors import ArtifactError, ModelConfigError, RecipeError
 from mass_export.model_config import preprocess_spec_from_config
-from mass_export.spec import ArtifactInfo, MergeSettings, RouterSettings, TaskInfo, VisionSpec
+from mass_export.router_spec import CalibrationInfo, RouterSettings
+from mass_export.spec import ArtifactInfo, MergeSettings, TaskInfo, VisionSpec
 from runtime.bundle import PreprocessSpec
 
 FORMAT = "mass-artifact"
@@ -70,7 +71,12 @@ def _info_from_json(data: object) -> ArtifactInfo:
         provenance=_object(header["provenance"], "provenance"),
         ranks=tuple(ranks),
         model_config=_object(header["model_config"], "model_config"),
+        calibration=_calibration(header["calibration"]),
     )
+
+
+def _calibration(data: object) -> CalibrationInfo | None:
+    return None if data is None else CalibrationInfo(**_fields(data, CalibrationInfo, "calibration"))
 
 
 def _vision(data: object) -> VisionSpec:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mass_export.artifact import Artifact
 from mass_export.graph import Graph
+from mass_export.router_spec import Norm, Tap
 from mass_export.routing import COVARIANCE_RIDGE
 from mass_export.second_pass import add_heads
-from mass_export.spec import Norm, Tap
 from mass_export.vit_graph import (
     Layers,
     attention_residual,
@@ -41,32 +41,62 @@ def add_first_pass(layers: Layers, artifact: Artifact, pixel_values: ir.Value) -
     Returns:
         residuals [B, T]
     """
-    graph, router = layers.graph, artifact.info.router
-    taps = artifact.info.taps()
-    features, last = _features(layers, artifact, pixel_values, taps, whole=bool(router.evidence))
-    by_tap = []
-    for tap in taps:
-        bases = stack_bases([task[tap.parameter] for task in artifact.router_bases])
-        r = residuals(graph, features[tap], bases, router.norm, f"router.{tap.parameter}")
-        if router.standardize == "tasks":
-            r = standardize_over_tasks(graph, r, len(artifact.tasks))
-        by_tap.append(r)
-    score = by_tap[0]
-    for r in by_tap[1:]:
-        score = graph.op("Add", score, r)
-    if len(by_tap) > 1:
-        score = graph.op("Mul", score, graph.scalar(1 / len(by_tap)))
+    graph, info, router = layers.graph, artifact.info, artifact.info.router
+    features, last = _features(layers, artifact, pixel_values, whole=bool(router.evidence))
+    score = None
+    if info.calibration is None or info.calibration.residual_weight:
+        score = _residual_score(graph, artifact, features)
+    if info.calibration is not None and info.calibration.discriminant is not None:
+        posterior = _log_posterior(graph, artifact, features[info.calibration.discriminant])
+        posterior = graph.op("Mul", posterior, graph.scalar(info.calibration.discriminant_weight))
+        score = graph.op("Neg", posterior) if score is None else graph.op("Sub", score, posterior)
+    assert score is not None
     if router.evidence:
         evidence = standardize_over_tasks(graph, _head_evidence(layers, artifact, last), len(artifact.tasks))
         score = graph.op("Sub", score, graph.op("Mul", evidence, graph.scalar(router.evidence)))
     return score
 
 
+def _residual_score(graph: Graph, artifact: Artifact, features: dict[Tap, ir.Value]) -> ir.Value:
+    """Residuals of all taps, calibrated, standardised and averaged: -> [B, T]"""
+    info, calibration = artifact.info, artifact.calibration
+    by_tap = []
+    for index, tap in enumerate(info.taps()):
+        bases = stack_bases([task[tap.parameter] for task in artifact.router_bases])
+        r = residuals(graph, features[tap], bases, info.router.norm, f"router.{tap.parameter}")
+        if calibration is not None:
+            r = graph.op("Sub", r, graph.constant(calibration.offset[index].float().numpy()))
+            r = graph.op("Div", r, graph.constant(calibration.scale[index].float().numpy()))
+        if info.router.standardize == "tasks":
+            r = standardize_over_tasks(graph, r, len(info.tasks))
+        by_tap.append(r)
+    score = by_tap[0]
+    for r in by_tap[1:]:
+        score = graph.op("Add", score, r)
+    share = 1 / len(by_tap) * (info.calibration.residual_weight if info.calibration is not None else 1.0)
+    return graph.op("Mul", score, graph.scalar(share)) if share != 1 else score
+
+
+def _log_posterior(graph: Graph, artifact: Artifact, z: ir.Value) -> ir.Value:
+    """The linear discriminant's log probabilities: z [B, D] -> [B, T]"""
+    calibration = artifact.calibration
+    assert calibration is not None
+    assert calibration.weight is not None
+    assert calibration.bias is not None
+    logits = graph.op(
+        "MatMul", z, graph.weight("router.discriminant.T", calibration.weight.float().numpy().T)
+    )
+    logits = graph.op(
+        "Add", logits, graph.weight("router.discriminant.bias", calibration.bias.float().numpy())
+    )
+    return graph.op("LogSoftmax", logits, axis=-1)
+
+
 def _features(
-    layers: Layers, artifact: Artifact, pixel_values: ir.Value, taps: Sequence[Tap], *, whole: bool
+    layers: Layers, artifact: Artifact, pixel_values: ir.Value, *, whole: bool
 ) -> tuple[dict[Tap, ir.Value], ir.Value]:
     """Routing features z [B, D] by tap, and the last residual stream (all of the tower's with `whole`)."""
-    token = artifact.info.router.token
+    token, taps = artifact.info.router.token, artifact.info.read_taps()
     features: dict[Tap, ir.Value] = {}
     x = embed(layers, pixel_values)
     depth = layers.spec.layers if whole else max(taps).layer

@@ -27,8 +27,9 @@ from mass_export.merge import merge
 from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.recipe import Recipe
+from mass_export.router_spec import Tap
 from mass_export.routing import projection_residuals, routing_feature
-from mass_export.spec import Tap, TaskInfo
+from mass_export.spec import TaskInfo
 from mass_export.task_vectors import compute_task_vector
 from mass_export.vit import attention, attention_input, embed, mlp, mlp_input
 from runtime.bundle import GateMode, TaskSpec

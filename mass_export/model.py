@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mass_export.artifact import Artifact
+from mass_export.artifact import Artifact, Calibration
 from mass_export.merging import merge_sum, merge_tsvm
 from mass_export.routing import (
     combine_taps,
     head_evidence,
+    log_posterior,
     projection_residuals,
     routing_feature,
     standardize_over_tasks,
@@ -45,8 +46,8 @@ class MassModel:
         self.artifact = artifact
         self.dtype = dtype
         self._first_pass = {name: p.to(dtype) for name, p in (artifact.merged or artifact.base).items()}
-        self._taps = artifact.info.taps()
         self._bases = [{name: vh.to(dtype) for name, vh in bases.items()} for bases in artifact.router_bases]
+        self._calibration = _cast(artifact.calibration, dtype)
         self._head_weight = torch.cat([head.weight for head in artifact.heads]).to(dtype)
         self._head_bias = torch.from_numpy(head_biases(artifact.heads)).to(dtype)
         self._merged: OrderedDict[tuple[object, ...], dict[str, Tensor]] = OrderedDict()
@@ -59,18 +60,23 @@ class MassModel:
     @torch.inference_mode()
     def residuals(self, pixel_values: Tensor) -> Tensor:
         """First pass: distance of the routing features to each task's subspaces. [B, 3, H, W] -> [B, T]"""
-        router, spec = self.artifact.info.router, self.artifact.info.vision
+        info = self.artifact.info
+        router, spec, calibration = info.router, info.vision, self._calibration
         pixel_values = pixel_values.to(self.dtype)
-        tokens = tap_tokens(self._first_pass, pixel_values, spec, self._taps)
-        by_tap = [
-            projection_residuals(
-                routing_feature(tokens[tap], router.token),
-                [bases[tap.parameter] for bases in self._bases],
-                router.norm,
-            )
-            for tap in self._taps
-        ]
-        score = combine_taps(torch.stack(by_tap, dim=1), router.standardize)
+        tokens = tap_tokens(self._first_pass, pixel_values, spec, info.read_taps())
+        features = {tap: routing_feature(t, router.token) for tap, t in tokens.items()}
+        score = torch.zeros(len(pixel_values), len(info.tasks), dtype=self.dtype)
+        if info.calibration is None or info.calibration.residual_weight:
+            by_tap = [
+                projection_residuals(features[tap], [b[tap.parameter] for b in self._bases], router.norm)
+                for tap in info.taps()
+            ]
+            score = combine_taps(torch.stack(by_tap, dim=1), router.standardize, calibration)
+        if info.calibration is not None and calibration is not None:
+            score = info.calibration.residual_weight * score
+            if info.calibration.discriminant is not None:
+                posterior = log_posterior(features[info.calibration.discriminant], calibration)
+                score = score - info.calibration.discriminant_weight * posterior
         if router.evidence:
             feature = encode(self._first_pass, pixel_values, spec)
             sizes = [len(task.classes) for task in self.artifact.info.tasks]
@@ -200,3 +206,9 @@ def _sum_weights(count: int, gates: tuple[float, ...] | None) -> tuple[float, ..
     if gates is None:
         return (1 / count,) * count
     return tuple(g / sum(gates) for g in gates)
+
+
+def _cast(calibration: Calibration | None, dtype: torch.dtype) -> Calibration | None:
+    if calibration is None:
+        return None
+    return Calibration(**{name: tensor.to(dtype) for name, tensor in calibration.tensors().items()})

@@ -32,7 +32,8 @@ import yaml
 from mass_export.checks import checked_mapping, is_int, is_real, require
 from mass_export.errors import RecipeError
 from mass_export.model_config import load_model_config, preprocess_spec_from_config, vision_spec_from_config
-from mass_export.spec import MergeSettings, RouterSettings, TaskInfo, VisionSpec, default_routing_layer
+from mass_export.router_spec import RouterSettings, default_routing_layer
+from mass_export.spec import MergeSettings, TaskInfo, VisionSpec
 from runtime.bundle import PreprocessSpec
 
 MAX_RECIPE_BYTES = 8 << 20

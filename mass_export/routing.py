@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mass_export.spec import Norm, Standardize, Token
+from mass_export.artifact import Calibration
+from mass_export.router_spec import Norm, Standardize, Token
 from runtime.routing import STD_EPSILON
 
 COVARIANCE_RIDGE = 1e-3
@@ -54,19 +55,31 @@ def standardize_over_tasks(values: Tensor) -> Tensor:
     return centred / (values.std(dim=-1, keepdim=True) + STD_EPSILON)
 
 
-def combine_taps(residuals: Tensor, standardize: Standardize) -> Tensor:
-    """Average the taps' residuals, standardised over the tasks first if asked.
+def combine_taps(
+    residuals: Tensor, standardize: Standardize, calibration: Calibration | None = None
+) -> Tensor:
+    """Average the taps' residuals, calibrated if there is a calibration, standardised over the tasks if asked.
 
     Args:
         residuals: of each tap. [B, L, T]
         standardize: see `RouterSettings`.
+        calibration: its offset is subtracted and its scale divides.
 
     Returns:
         score: lower matches better; for one tap and `none` the residual itself. [B, T]
     """
+    if calibration is not None:
+        residuals = (residuals - calibration.offset) / calibration.scale
     if standardize == "tasks":
         residuals = standardize_over_tasks(residuals)
     return residuals.mean(dim=1)
+
+
+def log_posterior(z: Tensor, calibration: Calibration) -> Tensor:
+    """Log probabilities of the tasks by the linear discriminant: z [B, D] -> [B, T], <= 0."""
+    assert calibration.weight is not None
+    assert calibration.bias is not None
+    return (z @ calibration.weight.T + calibration.bias).log_softmax(dim=1)
 
 
 def head_evidence(feature: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int]) -> Tensor:

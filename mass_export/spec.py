@@ -12,139 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from mass_export.checks import FromMapping, is_int, is_real, require, require_at_least, require_choice
+from mass_export.checks import is_int, is_real, require, require_choice
 from mass_export.errors import ModelConfigError
-from runtime.bundle import Compose, GateMode, HeadChoice, PreprocessSpec
+from mass_export.router_spec import CalibrationInfo, RouterSettings, Tap
+from runtime.bundle import Compose, HeadChoice, PreprocessSpec
 
 BaseMerge = Literal["tsvm", "isotropic", "mean", "zeroshot"]
-Site = Literal["mlp", "attn"]
-Sites = Literal["mlp", "attn", "both"]
-Standardize = Literal["none", "tasks"]
-Token = Literal["cls", "mean"]
-Norm = Literal["l2", "l1", "mahalanobis"]
 VectorMerge = Literal["mean", "base"]
 SumWeights = Literal["uniform", "gates"]
 Activation = Literal["gelu", "quick_gelu"]
 
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-
-SITE_PARAMETER: dict[str, str] = {"mlp": "mlp.c_fc.weight", "attn": "attn.in_proj_weight"}
-
-
-@dataclass(frozen=True, order=True)
-class Tap:
-    """A place in the tower that the router reads: the input of a block's attention or of its mlp.
-
-    Attributes:
-        layer: block, counted from 0.
-        site: `attn` (the output of ln_1) or `mlp` (the output of ln_2). They sort in the order of computation.
-    """
-
-    layer: int
-    site: Site
-
-    @property
-    def parameter(self) -> str:
-        """The matrix that reads the tap; its right bases span the task's subspace there."""
-        return f"transformer.resblocks.{self.layer}.{SITE_PARAMETER[self.site]}"
-
-
-@dataclass(frozen=True)
-class RouterSettings(FromMapping):
-    """The projection router (MASS.md section 3; arXiv 2504.05342, section 4.2), and its extensions.
-
-    With one layer and `standardize: none` the score is the paper's residual. With several taps the residuals are
-    averaged over the taps, each standardised over the tasks first with `standardize: tasks`.
-
-    Attributes:
-        layer: transformer block whose input is read, counted from 0; None takes 3/4 of the depth
-            (9 of 12, 20 of 24).
-        site: `mlp` reads the output of ln_2 against the bases of mlp.c_fc.weight, `attn` the output of ln_1
-            against those of attn.in_proj_weight, `both` reads both.
-        token: the CLS token or the mean over all tokens.
-        norm: of the projection residual.
-        mode: `topk`, `top1` or `weighted` gates.
-        threshold: a task is kept when its gate is greater, in [0, 1).
-        temperature: divides the (standardised) residuals before the softmax, > 0.
-        max_tasks: cap of `topk`, >= 1.
-        rank: rank of the router's bases; None takes that of the task vectors.
-        layers: several blocks instead of one `layer`.
-        standardize: `tasks` turns each tap's residuals into z-scores over the tasks, sample by sample, so that
-            no tap dominates the sum.
-        evidence: weight of the heads' evidence on the first pass' own feature, standardised over tasks like a
-            tap; 0 leaves it out. The first pass then runs to its end.
-        verify_margin: two best tasks whose scores differ by less are both run, and their heads decide; 0 is off.
-        verify_budget: at most this share of a batch is verified, those with the smallest margins, in [0, 1].
-        verify_prior: weight of the score difference against the heads' confidence in that decision, >= 0.
-    """
-
-    layer: int | None = None
-    site: Sites = "mlp"
-    token: Token = "cls"
-    norm: Norm = "l2"
-    mode: GateMode = "topk"
-    threshold: float = 0.2
-    temperature: float = 1.0
-    max_tasks: int = 3
-    rank: int | None = None
-    layers: tuple[int, ...] | None = None
-    standardize: Standardize = "none"
-    evidence: float = 0.0
-    verify_margin: float = 0.0
-    verify_budget: float = 1.0
-    verify_prior: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_at_least("router.layer", self.layer, 0, optional=True)
-        require(
-            self.verify_margin == 0 or self.mode == "top1",
-            "router.verify_margin: needs mode top1; sets of several tasks hedge already.",
-        )
-        if self.layers is not None:
-            self._check_layers()
-        require_choice("router.site", self.site, Sites)
-        require_choice("router.standardize", self.standardize, Standardize)
-        for name in ("evidence", "verify_margin", "verify_budget", "verify_prior"):
-            value = getattr(self, name)
-            bound = 1 if name == "verify_budget" else float("inf")
-            require(
-                is_real(value) and 0 <= value <= bound,
-                f"router.{name}: expected a number in [0, {bound}], got {value!r}.",
-            )
-        require_choice("router.token", self.token, Token)
-        require_choice("router.norm", self.norm, Norm)
-        require_choice("router.mode", self.mode, GateMode)
-        require(
-            is_real(self.threshold) and 0 <= self.threshold < 1,
-            f"router.threshold: expected a number in [0, 1), got {self.threshold!r}.",
-        )
-        require(
-            is_real(self.temperature) and self.temperature > 0,
-            f"router.temperature: expected a number > 0, got {self.temperature!r}.",
-        )
-        require_at_least("router.max_tasks", self.max_tasks, 1)
-        require_at_least("router.rank", self.rank, 1, optional=True)
-
-    def _check_layers(self) -> None:
-        given = self.layers
-        ok = isinstance(given, list | tuple) and all(is_int(i) and i >= 0 for i in given)
-        require(ok and bool(given), f"router.layers: expected a list of block numbers, got {given!r}.")
-        require(self.layer is None, "router: give either layer or layers.")
-        assert given is not None
-        object.__setattr__(self, "layers", tuple(sorted(set(given))))
-
-    def taps(self, depth: int) -> tuple[Tap, ...]:
-        """The places that are read, in the order of computation; `depth` is the tower's number of blocks."""
-        layer = default_routing_layer(depth) if self.layer is None else self.layer
-        layers = (layer,) if self.layers is None else self.layers
-        sites: tuple[Site, ...] = ("attn", "mlp") if self.site == "both" else (self.site,)
-        return tuple(Tap(i, site) for i in layers for site in sites)
-
-
-def default_routing_layer(layers: int) -> int:
-    """Three quarters of the depth: 9 of 12, 20 of 24 (the paper's choices; 18 would be 3/4 of 24)."""
-    return {12: 9, 24: 20}.get(layers, (layers * 3) // 4)
 
 
 @dataclass(frozen=True)
@@ -310,6 +188,7 @@ class ArtifactInfo:
         ranks: fixed rank of each task's matrices, or None; empty when no task has one.
         provenance: name and sha256 of every input.
         model_config: the model's config in open_clip's form.
+        calibration: what images taught the router, if any.
     """
 
     vision: VisionSpec
@@ -321,10 +200,19 @@ class ArtifactInfo:
     provenance: dict[str, Any] = field(default_factory=dict)
     ranks: tuple[int | None, ...] = ()
     model_config: dict[str, Any] = field(default_factory=dict)
+    calibration: CalibrationInfo | None = None
 
     def taps(self) -> tuple[Tap, ...]:
-        """The places that the router reads, in the order of computation."""
+        """The taps with router bases, in the order of computation."""
         return self.router.taps(self.vision.layers)
+
+    def read_taps(self) -> tuple[Tap, ...]:
+        """The taps that the first pass must compute: those whose residuals count, and the discriminant's."""
+        calibration = self.calibration
+        taps = set() if calibration is not None and calibration.residual_weight == 0 else set(self.taps())
+        if calibration is not None and calibration.discriminant is not None:
+            taps.add(calibration.discriminant)
+        return tuple(sorted(taps))
 
     def __post_init__(self) -> None:
         names = [task.name for task in self.tasks]
@@ -334,5 +222,5 @@ class ArtifactInfo:
         require(len(self.rank_ratios) == len(names), "rank_ratios: expected one per task.")
         require(len(self.ranks) in (0, len(names)), "ranks: expected none, or one per task.")
         depth = self.vision.layers
-        for tap in self.taps():
+        for tap in {*self.taps(), *self.read_taps()}:
             require(tap.layer < depth, f"router: expected layers 0 to {depth - 1}, got {tap.layer}.")

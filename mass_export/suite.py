@@ -22,7 +22,8 @@ from mass_export.merge import merge
 from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import Recipe, load_recipe
-from mass_export.spec import RouterSettings, TaskInfo
+from mass_export.router_spec import RouterSettings
+from mass_export.spec import TaskInfo
 from mass_export.verify import verify_bundle
 from runtime.classifier import Classifier
 

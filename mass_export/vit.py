@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mass_export.spec import Activation, Tap, VisionSpec
+from mass_export.router_spec import Tap
+from mass_export.spec import Activation, VisionSpec
 
 Parameters = Mapping[str, Tensor]
 

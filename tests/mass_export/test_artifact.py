@@ -14,7 +14,8 @@ from mass_export.errors import ArtifactError
 from mass_export.heads import Head
 from mass_export.low_rank import LowRank
 from mass_export.model_config import preprocess_spec_from_config
-from mass_export.spec import ArtifactInfo, MergeSettings, RouterSettings, TaskInfo
+from mass_export.router_spec import RouterSettings
+from mass_export.spec import ArtifactInfo, MergeSettings, TaskInfo
 
 TAP = "transformer.resblocks.1.mlp.c_fc.weight"
 

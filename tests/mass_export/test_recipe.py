@@ -7,7 +7,8 @@ import yaml
 
 from mass_export.errors import ModelConfigError, RecipeError
 from mass_export.recipe import load_recipe
-from mass_export.spec import MergeSettings, RouterSettings
+from mass_export.router_spec import RouterSettings
+from mass_export.spec import MergeSettings
 
 
 def edit(path, change):

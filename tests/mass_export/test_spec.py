@@ -7,14 +7,8 @@ import pytest
 
 from mass_export.errors import ModelConfigError, RecipeError
 from mass_export.model_config import load_model_config, preprocess_spec_from_config, vision_spec_from_config
-from mass_export.spec import (
-    MergeSettings,
-    RouterSettings,
-    TaskInfo,
-    VisionSpec,
-    default_routing_layer,
-    rank_of,
-)
+from mass_export.router_spec import RouterSettings, default_routing_layer
+from mass_export.spec import MergeSettings, TaskInfo, VisionSpec, rank_of
 
 
 @pytest.mark.parametrize(("layers", "layer"), [(12, 9), (24, 20), (3, 2), (4, 3), (32, 24)])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 
-from mass_export.spec import Tap, VisionSpec
+from mass_export.router_spec import Tap
+from mass_export.spec import VisionSpec
 from mass_export.vit import encode, tap_tokens
 
 VARIANTS = {

@@ -1,0 +1,140 @@
+"""Calibrated routers: closed forms that do what they say, in eager and in the graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mass_export.artifact import Artifact, read_artifact, write_artifact
+from mass_export.calibration import (
+    calibrate_pool,
+    calibrate_task_images,
+    cross_validate,
+    fit_discriminant,
+    synthetic_images,
+)
+from mass_export.errors import DataError
+from mass_export.merge import merge
+from mass_export.model import MassModel
+from mass_export.onnx_export import export_bundle
+from mass_export.progress import Progress
+from mass_export.recipe import load_recipe
+from mass_export.router_spec import Tap
+from runtime.classifier import Classifier
+
+QUIET = Progress(quiet=True)
+
+
+@pytest.fixture
+def artifact(pico_files: Callable[..., Path]) -> Artifact:
+    router = {"layers": [0, 1, 2], "standardize": "tasks", "mode": "top1"}
+    return merge(load_recipe(pico_files(tasks=3, base_merge="zeroshot", router=router)), QUIET)
+
+
+def images_of(task: int, count: int) -> np.ndarray:
+    """Images whose mean tells the task."""
+    rng = np.random.default_rng(task)
+    return (rng.normal(size=(count, 3, 16, 16)) + 3 * (task - 1)).astype(np.float32)
+
+
+def task_images(count: int = 12) -> dict[str, np.ndarray]:
+    return {f"task{i}": images_of(i, count) for i in range(3)}
+
+
+def assert_exported_equals_eager(artifact: Artifact, tmp_path: Path) -> None:
+    path = tmp_path / "merged.safetensors"
+    write_artifact(path, artifact)
+    bundle = export_bundle(read_artifact(path), path, tmp_path / "bundle", verify=False, progress=QUIET)
+    images = np.concatenate([images_of(i, 8) for i in range(3)])
+    eager = MassModel(artifact, torch.float64).forward(torch.from_numpy(images))
+    with Classifier(bundle, provider="cpu") as classifier:
+        exported = classifier.forward(images)
+    np.testing.assert_allclose(exported.residuals, eager.residuals, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(exported.selected, eager.selected)
+    np.testing.assert_allclose(exported.logits, eager.logits, rtol=0, atol=2e-4)
+
+
+def test_a_pool_centres_and_scales_each_tasks_residuals(artifact: Artifact, tmp_path: Path) -> None:
+    pool = np.random.default_rng(0).normal(size=(40, 3, 16, 16)).astype(np.float32)
+    calibrated = calibrate_pool(artifact, pool, progress=QUIET)
+    score = MassModel(calibrated, torch.float64).residuals(torch.from_numpy(pool))
+    assert calibrated.calibration is not None
+    assert calibrated.calibration.offset.shape == (3, 3)
+    assert score.mean(dim=0).abs().max() < 0.35  # standardised per task: no task is favoured on the pool
+    assert_exported_equals_eager(calibrated, tmp_path)
+
+
+def test_synthetic_images_are_deterministic_and_in_range(artifact: Artifact) -> None:
+    images = synthetic_images(artifact, 16)
+    spec = artifact.info.preprocess
+    pixels = images * np.array(spec.std)[:, None, None] + np.array(spec.mean)[:, None, None]
+    assert pixels.min() >= -1e-5
+    assert pixels.max() <= 1 + 1e-5
+    np.testing.assert_array_equal(images, synthetic_images(artifact, 16))
+
+
+def test_a_discriminant_routes_by_a_few_images_a_task(artifact: Artifact, tmp_path: Path) -> None:
+    calibrated, trials = calibrate_task_images(artifact, task_images(), progress=QUIET)
+    fresh = np.concatenate([images_of(i, 60)[12:] for i in range(3)])
+    routed = MassModel(calibrated).forward(torch.from_numpy(fresh)).task_index
+    assert np.mean(routed == np.repeat(np.arange(3), 48)) > 0.95
+    assert len(trials) == 3
+    assert calibrated.info.read_taps() == (calibrated.info.calibration.discriminant,)
+    assert_exported_equals_eager(calibrated, tmp_path)
+
+
+def test_the_first_pass_ends_at_the_discriminants_tap(artifact: Artifact, tmp_path: Path) -> None:
+    calibrated, _ = calibrate_task_images(artifact, task_images(), tap=Tap(0, "mlp"), progress=QUIET)
+    assert_exported_equals_eager(calibrated, tmp_path)
+    graph = (tmp_path / "bundle" / "first_pass.onnx").read_bytes()
+    assert b"resblocks.0.attn" in graph
+    assert b"resblocks.0.mlp.c_proj" not in graph
+    assert b"resblocks.1" not in graph
+
+
+def test_tasks_without_images_are_still_reached_through_their_residuals(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    images = task_images()
+    del images["task1"]
+    calibrated, _ = calibrate_task_images(artifact, images, progress=QUIET)
+    assert calibrated.info.calibration.residual_weight > 0
+    assert_exported_equals_eager(calibrated, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ({"task0": 4, "other": 4}, "unknown tasks other"),
+        ({"task0": 4}, "2 tasks"),
+        ({"task0": 4, "task1": 1}, "task1"),
+    ],
+)
+def test_too_few_or_unknown_images_are_refused(
+    images: dict[str, int], message: str, artifact: Artifact
+) -> None:
+    arrays = {name: np.zeros((count, 3, 16, 16), np.float32) for name, count in images.items()}
+    with pytest.raises(DataError, match=message):
+        calibrate_task_images(artifact, arrays, progress=QUIET)
+
+
+def test_the_discriminant_separates_gaussians_as_bayes_would() -> None:
+    rng = np.random.default_rng(0)
+    means = np.array([[0.0, 0, 0], [3, 0, 0], [0, 3, 0]])
+    labels = np.repeat(np.arange(3), 400)
+    features = means[labels] + rng.normal(size=(1200, 3)) * [1, 1, 5]
+    weight, bias = fit_discriminant(features, labels)
+    bayes = ((features[:, None, :2] - means[None, :, :2]) ** 2).sum(axis=2).argmin(axis=1)
+    assert np.mean((features @ weight.T + bias).argmax(axis=1) == bayes) > 0.97
+    assert cross_validate(features, labels) == pytest.approx(np.mean(bayes == labels), abs=0.03)
+
+
+def test_more_dimensions_than_images_stay_finite() -> None:
+    features = np.random.default_rng(0).normal(size=(10, 64))
+    weight, bias = fit_discriminant(features, np.arange(10) % 2)
+    assert np.isfinite(weight).all()
+    assert np.isfinite(bias).all()
