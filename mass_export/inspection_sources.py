@@ -168,7 +168,8 @@ def _artifact_parts(path: Path) -> dict[Part, Size]:
         if prefix == "tasks":
             prefix = "vectors" if name.endswith(".delta") else "bases"
         start, stop = entry["data_offsets"]
-        arrays.append((_PARTS_OF_ARRAYS[prefix], Size(math.prod(entry["shape"]), stop - start)))
+        if prefix in _PARTS_OF_ARRAYS:
+            arrays.append((_PARTS_OF_ARRAYS[prefix], Size(math.prod(entry["shape"]), stop - start)))
     return _add_up(arrays, path.stat().st_size)
 
 

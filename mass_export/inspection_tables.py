@@ -23,6 +23,7 @@ NAME_WIDTH = 28
 def print_inspection(inspection: Inspection, console: Console) -> None:
     """Print everything but checksums, widest table 80 columns."""
     console.print(_settings(inspection))
+    console.print()
     console.print(_tasks(inspection.tasks))
     console.print(_sizes(inspection.size, len(inspection.tasks)))
     if len(inspection.tasks) > 1:
@@ -123,21 +124,16 @@ def _print_overlap(inspection: Inspection, console: Console) -> None:
             ("left bases (u), all matrices", overlap.u),
             ("router's bases", overlap.router),
         ):
-            console.print(_heat(title, matrix, names))
+            chance = "unknown" if matrix.chance is None else f"{matrix.chance:.3f}"
+            console.print(Text(f"Overlap of {title}", style="bold"))
+            console.print(f"0 orthogonal, 1 the same; by chance {chance}", highlight=False)
+            console.print(_heat(matrix, names))
     console.print(_pairs(overlap))
 
 
-def _heat(title: str, matrix: OverlapMatrix, names: list[str]) -> Table:
+def _heat(matrix: OverlapMatrix, names: list[str]) -> Table:
     numbers = [str(i + 1) for i in range(len(names))]
-    chance = "unknown" if matrix.chance is None else f"{matrix.chance:.3f}"
-    table = Table(
-        title=f"Overlap of {title}: 0 orthogonal, 1 the same; by chance {chance}",
-        box=SIMPLE_HEAD,
-        title_justify="left",
-        title_style="bold",
-        padding=0,
-        pad_edge=False,
-    )
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("task", no_wrap=True, max_width=NAME_WIDTH, overflow="ellipsis")
     for number in numbers:
         table.add_column(f"{number} ", justify="right", no_wrap=True)
