@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -43,6 +44,29 @@ class Progress:
             for item in items:
                 yield item
                 bars.advance(bar)
+        finally:
+            self._depth -= 1
+            if self._depth:
+                bars.remove_task(bar)
+            else:
+                bars.stop()
+                self._bars = None
+
+    @contextmanager
+    def bar(self, description: str) -> Iterator[Callable[[str, int, int], None]]:
+        """A bar for work that reports by itself: the yielded function takes (what is done now, step, steps)."""
+        if not self._visible:
+            yield lambda _now, _step, _steps: None
+            return
+        bars = self._bars or self._start()
+        bar = bars.add_task(description, total=None)
+        self._depth += 1
+
+        def show(now: str, step: int, steps: int) -> None:
+            bars.update(bar, description=f"{description}: {now}", completed=step, total=steps)
+
+        try:
+            yield show
         finally:
             self._depth -= 1
             if self._depth:

@@ -271,7 +271,8 @@ def _check_tasks(tasks: tuple[TaskSpec, ...], where: str) -> None:
 
 def _check_file_names(manifest: Manifest, where: str) -> None:
     arrays = [array for matrix in manifest.matrices for array in (matrix.u_t, matrix.s, matrix.vh)]
-    used = {spec.file for spec in (*manifest.passes.values(), *manifest.engines, *arrays)}
+    used = {spec.file for spec in manifest.passes.values()} | {array.file for array in arrays}
+    used |= {engine.file for engine in manifest.engines}
     for name in sorted(used | set(manifest.files)):
         plain = PurePosixPath(name).name == name and name.isprintable()
         if not plain or name in ("", "..", MANIFEST_FILE) or any(mark in name for mark in "\\:"):

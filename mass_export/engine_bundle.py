@@ -1,0 +1,211 @@
+"""Engines of a bundle: build what is missing or stale, list it in the manifest, leave the rest alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from mass_export.engine_build import build_engine
+from mass_export.engine_settings import EngineSettings, TensorRt, find_tensorrt
+from mass_export.errors import EngineError
+from mass_export.precision import write_converted
+from mass_export.progress import Progress
+from runtime.bundle import (
+    FIRST_PASS,
+    MANIFEST_FILE,
+    SECOND_PASS,
+    FileSpec,
+    Manifest,
+    check_files,
+    json_from_manifest,
+    read_manifest,
+    sha256_of_file,
+)
+from runtime.engine_spec import EngineKey, EngineSpec, Precision
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """One engine after `build_engines`.
+
+    Attributes:
+        spec: as the manifest lists it.
+        note: `built`, `up to date`, or why an older one was replaced.
+        nbytes: its size.
+        build_s: the time it took; 0 if it was up to date.
+    """
+
+    spec: EngineSpec
+    note: str
+    nbytes: int
+    build_s: float
+
+
+def build_engines(
+    bundle: Path, settings: EngineSettings, *, progress: Progress, timing_cache: Path | None = None
+) -> list[BuiltEngine]:
+    """Build the engines of both passes beside the ONNX files.
+
+    Everything is built in a directory beside the bundle. Files move into it and the manifest is replaced only
+    when both engines are there; killed before, the bundle is what it was. Engine files have names of their own
+    for each key, so that the manifest never lists a file that another one replaced.
+
+    Args:
+        bundle: directory that mass-export wrote.
+        settings: what to build.
+        progress: where to show it.
+        timing_cache: see `mass_export.engine_build.build_engine`.
+
+    Raises:
+        EngineError: TensorRT is missing or refuses.
+        BundleError: the bundle is damaged.
+    """
+    manifest = read_manifest(bundle)
+    engine_files = {engine.file for engine in manifest.engines}
+    check_files(bundle, {name: spec for name, spec in manifest.files.items() if name not in engine_files})
+    tensorrt = find_tensorrt(settings.flavour)
+    precision = _precision(settings, manifest)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{bundle.name}.engines.", dir=bundle.absolute().parent
+    ) as scratch:
+        staged = Path(scratch)
+        built = []
+        for name in progress.track((FIRST_PASS, SECOND_PASS), "Engines"):
+            key = engine_key(bundle, manifest, name, tensorrt, precision, settings)
+            known = _known(bundle, manifest, name, key)
+            if isinstance(known, BuiltEngine):
+                built.append(known)
+                continue
+            start = time.perf_counter()
+            onnx_file = bundle / manifest.passes[name].file
+            if precision != manifest.precision:
+                onnx_file = write_converted(onnx_file, staged / name, precision)
+            plan = build_engine(
+                onnx_file,
+                manifest.passes[name],
+                key.profiles,
+                tensorrt=tensorrt,
+                settings=settings,
+                progress=progress,
+                timing_cache=timing_cache,
+            )
+            spec = EngineSpec(name, engine_file_name(name, key), key)
+            (staged / spec.file).write_bytes(plan)
+            built.append(BuiltEngine(spec, known or "built", len(plan), time.perf_counter() - start))
+        _install(bundle, manifest, built, staged)
+    return built
+
+
+def engine_key(
+    bundle: Path,
+    manifest: Manifest,
+    pass_name: str,
+    tensorrt: TensorRt,
+    precision: Precision,
+    settings: EngineSettings,
+) -> EngineKey:
+    """What the engine of a pass would be built from and for."""
+    capability = settings.compute_capability
+    if tensorrt.flavour == "tensorrt" and not capability:
+        capability = (_capability_of_this_gpu(),)
+    return EngineKey(
+        graph_sha256=graph_sha256(bundle, manifest, pass_name),
+        flavour=tensorrt.flavour,
+        version=tensorrt.version,
+        compute_capability=tuple(sorted(capability)),
+        precision=precision,
+        profiles=settings.profiles(pass_name, manifest),
+        options=settings.options(),
+    )
+
+
+def graph_sha256(bundle: Path, manifest: Manifest, pass_name: str) -> str:
+    """Hash of a pass' ONNX file and of the files with its weights, from the manifest's hashes."""
+    file = manifest.passes[pass_name].file
+    initializers = ir.load(bundle / file).graph.initializers.values()
+    tensors = [value.const_value for value in initializers]
+    external = {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    lines = [f"{name} {manifest.files[name].sha256}\n" for name in (file, *sorted(external))]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def engine_file_name(pass_name: str, key: EngineKey) -> str:
+    """A name that is the key's alone: `first_pass.tensorrt_rtx.3f2a..engine`."""
+    digest = hashlib.sha256(repr(dataclasses.astuple(key)).encode()).hexdigest()[:12]
+    return f"{pass_name}.{key.flavour}.{key.precision}.{digest}.engine"
+
+
+def _precision(settings: EngineSettings, manifest: Manifest) -> Precision:
+    precision = settings.precision or manifest.precision
+    if manifest.precision not in ("fp32", precision):
+        raise EngineError(
+            f"precision: the graphs of this bundle are {manifest.precision}; export it as fp32 to build {precision}."
+        )
+    if settings.weight_stripped and precision != manifest.precision:
+        raise EngineError(
+            f"weight_stripped: the weights come from the ONNX files, which are {manifest.precision}; export the "
+            f"bundle with --precision {precision} first."
+        )
+    return precision
+
+
+def _known(bundle: Path, manifest: Manifest, pass_name: str, key: EngineKey) -> BuiltEngine | str | None:
+    """The engine if it is up to date, why it is stale, or None if there is none for this target."""
+    for engine in manifest.engines:
+        if engine.pass_name != pass_name or not _same_target(engine.key, key):
+            continue
+        path, listed = bundle / engine.file, manifest.files[engine.file]
+        if engine.key != key:
+            changed = [
+                f.name for f in dataclasses.fields(key) if getattr(key, f.name) != getattr(engine.key, f.name)
+            ]
+            return f"rebuilt, because of another {', '.join(changed)}"
+        if not path.is_file() or sha256_of_file(path) != listed.sha256:
+            return "rebuilt, because the file was missing or damaged"
+        return BuiltEngine(engine, "up to date", listed.bytes, 0.0)
+    return None
+
+
+def _same_target(a: EngineKey, b: EngineKey) -> bool:
+    return (a.flavour, a.compute_capability) == (b.flavour, b.compute_capability)
+
+
+def _install(bundle: Path, manifest: Manifest, built: list[BuiltEngine], staged: Path) -> None:
+    """Move new engines in, replace the manifest, then drop the files that it no longer lists."""
+    new = [engine for engine in built if engine.build_s]
+    if not new:
+        return
+    files = dict(manifest.files)
+    for engine in new:
+        path = staged / engine.spec.file
+        files[engine.spec.file] = FileSpec(engine.nbytes, sha256_of_file(path))
+        path.replace(bundle / engine.spec.file)
+    ours = {engine.spec.pass_name: engine.spec for engine in built}
+    kept = [e for e in manifest.engines if not _same_target(e.key, ours[e.pass_name].key)]
+    engines = (*kept, *ours.values())
+    dropped = {e.file for e in manifest.engines} - {e.file for e in engines}
+    for name in dropped:
+        files.pop(name, None)
+    updated = dataclasses.replace(manifest, files=dict(sorted(files.items())), engines=engines)
+    replacement = staged / MANIFEST_FILE
+    with replacement.open("w", encoding="utf-8") as file:
+        file.write(json_from_manifest(updated))
+        file.flush()
+        os.fsync(file.fileno())
+    replacement.replace(bundle / MANIFEST_FILE)
+    for name in dropped:
+        (bundle / name).unlink(missing_ok=True)
+
+
+def _capability_of_this_gpu() -> str:
+    from runtime.cuda_device import compute_capability  # noqa: PLC0415 - needs a GPU
+
+    capability: str = compute_capability()
+    return capability
