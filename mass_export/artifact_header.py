@@ -50,7 +50,8 @@ def info_from_metadata(metadata: dict[str, str] | None, where: str) -> ArtifactI
 
 def _info_from_json(data: object) -> ArtifactInfo:
     fields = [field.name for field in dataclasses.fields(ArtifactInfo)]
-    header = checked_mapping(data, fields, "info", required=fields)
+    required = [name for name in fields if name != "calibration"]
+    header = checked_mapping(data, fields, "info", required=required)
     tasks = [
         checked_mapping(task, ("name", "classes"), "tasks", required=("name", "classes"))
         for task in _list(header["tasks"], "tasks")
@@ -71,7 +72,7 @@ def _info_from_json(data: object) -> ArtifactInfo:
         provenance=_object(header["provenance"], "provenance"),
         ranks=tuple(ranks),
         model_config=_object(header["model_config"], "model_config"),
-        calibration=_calibration(header["calibration"]),
+        calibration=_calibration(header.get("calibration")),
     )
 
 

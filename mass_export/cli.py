@@ -105,6 +105,54 @@ def export(artifact: Path, out: Path, *, no_verify: bool, quiet: bool) -> None:
     _summarise(bundle, f"{len(loaded.info.tasks)} tasks, {checked}", start)
 
 
+@main.command(
+    epilog=_example(
+        "mass calibrate merged.safetensors --pool photos/ --out calibrated.safetensors",
+        "mass calibrate merged.safetensors --out calibrated.safetensors --task-images cars=cars/ dtd=dtd/",
+    )
+)
+@click.argument("artifact", type=FILE)
+@click.argument("more", nargs=-1, metavar="[TASK=FOLDER]...")
+@click.option("--out", required=True, type=FILE, help="The artifact to write; may be ARTIFACT itself.")
+@click.option("--pool", type=click.Path(path_type=Path), help="Unlabelled images: a folder or an .npz file.")
+@click.option(
+    "--task-images", multiple=True, metavar="TASK=FOLDER", help="Some images of a task, unlabelled."
+)
+@click.option("--synthetic", is_flag=True, help="Images made from noise: needs no images at all.")
+@click.option("--limit", type=click.IntRange(2), help="Images per folder, at most.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
+def calibrate(
+    artifact: Path,
+    more: tuple[str, ...],
+    out: Path,
+    pool: Path | None,
+    task_images: tuple[str, ...],
+    limit: int | None,
+    *,
+    synthetic: bool,
+    quiet: bool,
+) -> None:
+    """Teach the router of ARTIFACT with images, without training.
+
+    Give one of --pool, --task-images and --synthetic. Further TASK=FOLDER pairs may follow --task-images.
+    """
+    from mass_export.artifact import read_artifact, write_artifact  # noqa: PLC0415
+    from mass_export.calibration_files import calibrate_from_files  # noqa: PLC0415
+    from mass_export.progress import Progress  # noqa: PLC0415
+
+    start = time.perf_counter()
+    calibrated, summary = calibrate_from_files(
+        read_artifact(artifact),
+        pool=pool,
+        task_images=(*task_images, *more),
+        synthetic=synthetic,
+        limit=limit,
+        progress=Progress(quiet=quiet),
+    )
+    write_artifact(out, calibrated)
+    _summarise(out, summary, start)
+
+
 @main.command("inspect", epilog=_example("mass inspect merged.safetensors", "mass inspect engines/ --json"))
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; see mass_export.inspection_report.")

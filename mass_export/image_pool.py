@@ -1,0 +1,53 @@
+"""Images without labels, for calibration: a folder (searched recursively), an image, or an array file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mass_export.datasets import IMAGE_SUFFIXES, LabelledImages
+from mass_export.errors import DataError
+from runtime.bundle import PreprocessSpec
+
+
+def load_pool(place: Path, spec: PreprocessSpec, limit: int | None = None) -> NDArray[np.float32]:
+    """Preprocessed images of a folder or of an `.npz` file with an array `images` (uint8 [N, H, W(, 3)]).
+
+    Args:
+        place: folder, image file or array file; labels in it are not read.
+        spec: preprocessing.
+        limit: at most so many, spread evenly over the sorted whole.
+
+    Returns:
+        [n, 3, H, W] float32
+
+    Raises:
+        DataError: there are no images, or one cannot be read.
+    """
+    if place.suffix == ".npz":
+        sources = list(_array(place))
+    elif place.is_dir():
+        sources = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    else:
+        sources = [place] if place.is_file() else []
+    if not sources:
+        raise DataError(
+            f"{place}: no images; give a folder of images or an .npz file with an array 'images'."
+        )
+    images = LabelledImages(place, sources, np.zeros(len(sources), np.int64))
+    return (images if limit is None else images.head(limit)).pixel_values(spec)
+
+
+def _array(file: Path) -> NDArray[np.uint8]:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            images: NDArray[np.uint8] = arrays["images"]
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise DataError(f"{file}: no array file with an array 'images' ({error}).") from error
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise DataError(
+            f"{file}: images: expected uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} {images.shape}."
+        )
+    return images
