@@ -49,7 +49,7 @@ MAX_PER_SET = 1300
 MAX_PER_NAME = {"icons": 60, "logos": 60, "glyphs": 48}
 MAX_STYLES = 2
 MAX_FONTS_PER_PACKAGE = 8
-MIN_IMAGES_PER_WORD = 12
+MIN_IMAGES_PER_WORD = 50
 GROUPS = ("icons", "logos", "clipart", "glyphs", "textures", "game")
 """Sources that are sampled with fixed shares of a batch, see `pretrain.GROUP_SHARES`."""
 
@@ -330,7 +330,7 @@ def _glyph_items(package: Path) -> Iterator[Item]:
                 if mask is not None:
                     pixels = np.zeros((SIZE, SIZE, 4), np.uint8)
                     pixels[..., 3] = mask
-                    yield Item("glyphs", pixels, (f"{script} {char}",))
+                    yield Item("glyphs", pixels, (f"{script} {char}", script))
 
 
 def _glyph_mask(drawer: ImageFont.FreeTypeFont, char: str) -> Picture | None:
@@ -464,7 +464,7 @@ def _texture_items(pack: Path) -> Iterator[Item]:
                 continue
             image.thumbnail((256, 256), Image.Resampling.LANCZOS)
             folder, stem = Path(name).parts[-2], Path(name).stem
-            words = (f"texture {folder}", f"texture {name}", *words_from_name(stem)[:2])
+            words = (f"texture {folder}", *words_from_name(stem)[:2])
             for pixels in _crops(image, 14, 40, rng):
                 yield Item("textures", pixels, words)
 

@@ -27,6 +27,7 @@ from .pretrain import learning_rate
 from .tower import features_of, load_tower, normalise, save_tower
 
 VALIDATION_SHARE = 0.12
+GROUPED = frozenset({"animals", "letters", "icons", "sprites", "emoji"})
 LOGIT_SCALE = 14.0
 CHECKPOINT_EVERY = 200
 
@@ -59,29 +60,29 @@ class FinetuneSettings:
 
 
 SETTINGS = {
-    "mnist": FinetuneSettings(augmentation=Augmentation(rotate=10, shear=0.12, erase=0, brightness=0.1)),
-    "fashion": FinetuneSettings(augmentation=Augmentation(rotate=4, mirror=True, zoom=(0.9, 1.15))),
-    "animals": FinetuneSettings(augmentation=Augmentation(rotate=10, mirror=True, zoom=(0.85, 1.25))),
-    "letters": FinetuneSettings(augmentation=Augmentation(rotate=8, shear=0.12, erase=0)),
-    "icons": FinetuneSettings(augmentation=Augmentation(rotate=6, erase=0.1)),
+    "mnist": FinetuneSettings(steps=1000, augmentation=Augmentation(rotate=10, shear=0.12, erase=0, brightness=0.1)),
+    "fashion": FinetuneSettings(steps=900, augmentation=Augmentation(rotate=4, mirror=True, zoom=(0.9, 1.15))),
+    "animals": FinetuneSettings(steps=1000, augmentation=Augmentation(rotate=10, mirror=True, zoom=(0.85, 1.25))),
+    "letters": FinetuneSettings(steps=1200, augmentation=Augmentation(rotate=8, shear=0.12, erase=0)),
+    "icons": FinetuneSettings(steps=1000, augmentation=Augmentation(rotate=6, erase=0.1)),
     "flags": FinetuneSettings(
-        augmentation=Augmentation(
+        steps=1000, augmentation=Augmentation(
             zoom=(0.75, 1.3), stretch=0.25, rotate=10, shear=0.1, shift=0.1, brightness=0.3, saturation=0.3, hue=8
         )
     ),
     "planets": FinetuneSettings(
-        augmentation=Augmentation(
+        steps=800, augmentation=Augmentation(
             zoom=(0.95, 1.35), rotate=10, mirror=True, flip=True, brightness=0.15, saturation=0.1,
             padding="reflection", shift=0.05, erase=0.1,
         )
     ),
     "sprites": FinetuneSettings(
-        augmentation=Augmentation(zoom=(0.8, 1.3), mirror=True, saturation=0.2, hue=6, brightness=0.25)
+        steps=900, augmentation=Augmentation(zoom=(0.8, 1.3), mirror=True, saturation=0.2, hue=6, brightness=0.25)
     ),
     "cards": FinetuneSettings(
-        augmentation=Augmentation(zoom=(0.85, 1.25), rotate=5, saturation=0.3, hue=15, grey=0.1, brightness=0.25)
+        steps=700, augmentation=Augmentation(zoom=(0.85, 1.25), rotate=5, saturation=0.3, hue=15, grey=0.1, brightness=0.25)
     ),
-    "emoji": FinetuneSettings(augmentation=Augmentation(mirror=True, saturation=0.2, hue=8)),
+    "emoji": FinetuneSettings(steps=900, augmentation=Augmentation(mirror=True, saturation=0.2, hue=8)),
 }  # fmt: skip
 
 
@@ -93,17 +94,43 @@ class Split:
     validation: NDArray[np.int64]
 
 
-def split_validation(arrays: TaskArrays) -> Split:
-    """Sets a stratified share of the training images apart, the same in every run."""
+def split_validation(task: str, arrays: TaskArrays) -> Split:
+    """Sets a share of the training images apart, the same in every run.
+
+    Whole groups (a font, a design family, a drawing) go together where a task has many of them, so that
+    validation asks for the same generalisation as the test; else every class gives its share at random.
+    """
     rng = np.random.default_rng(12)
-    chosen = []
-    for label in range(len(arrays.classes)):
-        members = rng.permutation(np.flatnonzero(arrays.train_labels == label))
-        # Classes of a few images still keep most of them for training; the draw evens the shares out.
-        count = int(len(members) * VALIDATION_SHARE + rng.random())
-        chosen.append(members[: min(count, len(members) - 1)])
-    validation = np.sort(np.concatenate(chosen))
-    return Split(np.setdiff1d(np.arange(len(arrays.train_labels)), validation), validation)
+    labels = arrays.train_labels
+    if task in GROUPED and arrays.train_groups is not None:
+        validation = _whole_groups(arrays.train_groups, labels, rng)
+    else:
+        chosen = []
+        for label in range(len(arrays.classes)):
+            members = rng.permutation(np.flatnonzero(labels == label))
+            # Classes of a few images keep most of them for training; the draw evens the shares out.
+            count = int(len(members) * VALIDATION_SHARE + rng.random())
+            chosen.append(members[: min(count, len(members) - 1)])
+        validation = np.sort(np.concatenate(chosen))
+    return Split(np.setdiff1d(np.arange(len(labels)), validation), validation)
+
+
+def _whole_groups(
+    groups: NDArray[np.int64], labels: NDArray[np.int64], rng: np.random.Generator
+) -> NDArray[np.int64]:
+    wanted = VALIDATION_SHARE * len(groups)
+    sizes = np.bincount(labels)
+    taken = np.zeros(len(sizes))
+    chosen: list[NDArray[np.int64]] = []
+    for group in rng.permutation(np.unique(groups)):
+        members = np.flatnonzero(groups == group)
+        after = taken + np.bincount(labels[members], minlength=len(sizes))
+        # No group that is a large part of the validation set, no class that loses much of its training images.
+        if len(members) > 0.25 * wanted or (after > 0.25 * sizes).any() or after.sum() > 1.02 * wanted:
+            continue
+        chosen.append(members)
+        taken = after
+    return np.sort(np.concatenate(chosen))
 
 
 def as_pixels(images: NDArray[np.uint8]) -> Tensor:
@@ -164,7 +191,7 @@ def finetune(
         return json.loads(report.read_text(encoding="utf-8"))
     settings = settings or SETTINGS[task]
     began = time.time()
-    split = split_validation(arrays)
+    split = split_validation(task, arrays)
     pixels, labels = as_pixels(arrays.train_images), torch.from_numpy(arrays.train_labels.astype(np.int64))
     tower = load_tower(base)
     train = torch.from_numpy(split.train)

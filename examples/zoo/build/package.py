@@ -41,7 +41,7 @@ def package_zoo(arrays: Mapping[str, TaskArrays], base_file: Path, trained: Path
     heads, report = {}, {}
     for task in arrays:
         images = arrays[task]
-        split = split_validation(images)
+        split = split_validation(task, images)
         train = torch.from_numpy(split.train)
         features = features_of(base, as_pixels(images.train_images)[train])
         head = build_head(features, torch.from_numpy(images.train_labels)[train], len(images.classes))
