@@ -138,7 +138,8 @@ def evaluate_baselines(
     settings: dict[str, Any] = {"coefficient": coefficient, "chosen_on": None}
     if all(find_images(data, info.name, choose_on) for info in infos):
         choice = {
-            info.name: load_labelled_images(data, info, choose_on).head(COEFFICIENT_IMAGES) for info in infos
+            info.name: load_labelled_images(data, info, choose_on).sample(COEFFICIENT_IMAGES)
+            for info in infos
         }
         scored = [
             (sum(accuracies(add_scaled(base, delta_sum, candidate), choice).values()), -candidate)

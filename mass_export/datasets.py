@@ -50,11 +50,11 @@ class LabelledImages:
         """N."""
         return len(self.sources)
 
-    def head(self, count: int) -> LabelledImages:
-        """At most `count` images, spread evenly over the whole."""
+    def sample(self, count: int) -> LabelledImages:
+        """At most `count` images: a fixed random sample, because files are often sorted or periodic in the class."""
         if len(self) <= count:
             return self
-        rows = np.arange(count) * len(self) // count
+        rows = np.sort(np.random.default_rng(0).choice(len(self), count, replace=False))
         return LabelledImages(self.where, [self.sources[row] for row in rows.tolist()], self.labels[rows])
 
     def pixel_values(self, spec: PreprocessSpec) -> NDArray[np.float32]:

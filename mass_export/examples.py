@@ -1,4 +1,4 @@
-"""Real images with a bundle's answers, to look at. They are spread over each task's images, not picked."""
+"""Real images with a bundle's answers, to look at. They are a fixed random sample of each task's images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def example_answers(
     examples = []
     with Classifier(bundle) as classifier:
         for task in classifier.manifest.tasks:
-            images = load_labelled_images(data, TaskInfo(task.name, task.classes), split).head(per_task)
+            images = load_labelled_images(data, TaskInfo(task.name, task.classes), split).sample(per_task)
             answers = zip(images.sources, images.labels, classifier.predict(images.sources), strict=True)
             for source, label, prediction in answers:
                 examples.append(

@@ -91,7 +91,7 @@ def score_layers(
     """
     artifact = merge(recipe, progress)
     infos = artifact.info.tasks
-    images = [load_labelled_images(data, info, split).head(images_per_task) for info in infos]
+    images = [load_labelled_images(data, info, split).sample(images_per_task) for info in infos]
     pixel_values = np.concatenate([part.pixel_values(recipe.preprocess) for part in images])
     truth = np.repeat(np.arange(len(infos)), [len(part) for part in images])
     labels = np.concatenate([part.labels for part in images])

@@ -144,7 +144,7 @@ def _routing(report: Mapping[str, Any]) -> str:
 
 
 def _layers(report: Mapping[str, Any]) -> str:
-    parts = []
+    figures, commands = [], []
     for title, name, scores, _ in _entries(report):
         if "layer_choice" not in scores:
             continue
@@ -156,14 +156,14 @@ def _layers(report: Mapping[str, Any]) -> str:
         router = scores["settings"]["router"]
         chosen = f"layer {router['layer']} with {router['mode']} gates was chosen"
         caption = f"{title}, {name}, on validation images: {chosen}."
-        parts.append(figure(line_chart(series, "routing layer"), caption))
-        parts.append(command(scores["commands"]["layer_choice"]))
-    return "".join(parts)
+        figures.append(figure(line_chart(series, "routing layer"), caption))
+        commands.append(command(scores["commands"]["layer_choice"]))
+    return f"<div class=pair>{''.join(figures)}</div>{''.join(commands)}" if figures else ""
 
 
 def _images(report: Mapping[str, Any]) -> str:
     note = (
-        "<p>Spread evenly over each task's test images, not picked. Label and task are the answer with the task "
+        "<p>A fixed random sample of each task's test images. Label and task are the answer with the task "
         "unknown; a red edge marks a wrong one, with the truth below it.</p>"
     )
     parts = [note]

@@ -25,7 +25,7 @@ def heat_map(names: Sequence[str], counts: Sequence[Sequence[int]], rows: str, c
     size, left, top = 40, 84, 84
     edge = size * len(names)
     label = f"{escape(rows)} against {escape(columns)}"
-    parts = [f'<svg viewBox="0 0 {left + edge + 2} {top + edge + 22}" role="img" aria-label="{label}">']
+    parts = [f'<svg viewBox="0 0 {left + edge + 26} {top + edge + 22}" role="img" aria-label="{label}">']
     for i, name in enumerate(names):
         middle = i * size + size / 2
         parts.append(f'<text x="{left - 8}" y="{top + middle + 4}" text-anchor="end">{escape(name)}</text>')
@@ -49,7 +49,7 @@ def heat_map(names: Sequence[str], counts: Sequence[Sequence[int]], rows: str, c
                 )
             parts.append("</g>")
     parts.append(
-        f'<text class="soft" x="{left}" y="{top + edge + 17}">rows: {escape(rows)}; columns: {escape(columns)}; '
+        f'<text class="soft" x="0" y="{top + edge + 17}">rows: {escape(rows)}; columns: {escape(columns)}; '
         "per cent of the row</text></svg>"
     )
     return "".join(parts)
@@ -57,24 +57,24 @@ def heat_map(names: Sequence[str], counts: Sequence[Sequence[int]], rows: str, c
 
 def bar_chart(bars: Sequence[Bar], limit: float | None = None) -> str:
     """Horizontal bars from zero to `limit`, or to the largest value."""
-    label_width, width, height = 210, 640, 30
+    label_width, width, height = 186, 500, 28
     limit = max(bar.value for bar in bars) if limit is None else limit
-    room = width - label_width - 70
+    room = width - label_width - 62
     parts = [f'<svg viewBox="0 0 {width} {height * len(bars)}" role="img" aria-label="bars">']
     for i, bar in enumerate(bars):
         y, length = i * height, max(2.0, room * bar.value / limit if limit else 0.0)
         parts.append(
-            f'<text x="{label_width - 10}" y="{y + 19}" text-anchor="end">{escape(bar.label)}</text>'
-            f'<rect x="{label_width}" y="{y + 5}" width="{length:.1f}" height="20" rx="4" '
+            f'<text x="{label_width - 10}" y="{y + 18}" text-anchor="end">{escape(bar.label)}</text>'
+            f'<rect x="{label_width}" y="{y + 4}" width="{length:.1f}" height="20" rx="4" '
             f'style="fill: var({bar.colour})"/>'
-            f'<text x="{label_width + length + 8:.1f}" y="{y + 19}">{escape(bar.text)}</text>'
+            f'<text x="{label_width + length + 8:.1f}" y="{y + 18}">{escape(bar.text)}</text>'
         )
     return "".join(parts) + "</svg>"
 
 
 def line_chart(series: Mapping[str, Sequence[float]], x_label: str) -> str:
     """Shares (0 to 1) by position 0, 1, .. with a legend; a line for each series."""
-    left, top, width, height = 44, 12, 560, 200
+    left, top, width, height = 44, 12, 400, 180
     count = max(len(values) for values in series.values())
     step = width / max(count - 1, 1)
     box = f"0 0 {left + width + 24} {top + height + 44 + 20 * len(series)}"

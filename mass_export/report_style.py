@@ -20,7 +20,10 @@ body {
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
 main { max-width: 1080px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: clamp(1.6rem, 5vw, 2.3rem); line-height: 1.15; margin: 0 0 .5rem; letter-spacing: -.02em; }
+h1 {
+  font-size: clamp(1.6rem, 5vw, 2.3rem); line-height: 1.15; margin: 0 0 .5rem; letter-spacing: -.02em;
+  text-wrap: balance;
+}
 h2 { font-size: 1.35rem; margin: 3.2rem 0 .4rem; letter-spacing: -.01em; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .5rem; }
 p { margin: .3rem 0 1rem; max-width: 46rem; }
@@ -57,7 +60,8 @@ svg text.soft { fill: var(--soft); }
 svg text.strong { fill: var(--on-accent); }
 svg .cell { fill: var(--accent); }
 svg .frame { fill: none; stroke: var(--line); }
-.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.4rem, 1fr)); gap: .6rem; margin: .4rem 0 0; }
+.images { display: grid; grid-template-columns: repeat(8, 1fr); gap: .6rem; margin: .4rem 0 0; }
+@media (max-width: 760px) { .images { grid-template-columns: repeat(4, 1fr); gap: .4rem; } }
 .image {
   background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: .45rem; font-size: .75rem;
   line-height: 1.3; overflow-wrap: anywhere; border-top: 3px solid var(--right);

@@ -173,7 +173,7 @@ def real_images(recipe: Recipe, data: Path, split: str, count: int) -> NDArray[n
     infos = [TaskInfo(task.name, task.classes) for task in recipe.tasks]
     each = -(-count // len(infos))
     parts = [
-        load_labelled_images(data, info, split).head(each).pixel_values(recipe.preprocess) for info in infos
+        load_labelled_images(data, info, split).sample(each).pixel_values(recipe.preprocess) for info in infos
     ]
     return np.concatenate(parts)[:count]
 

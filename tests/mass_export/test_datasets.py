@@ -42,7 +42,9 @@ def test_grey_images_are_taken_as_rgb(tmp_path):
 
 def test_each_split_has_its_own_images(tmp_path):
     for split, count in {"val": 2, "test": 3}.items():
-        write_arrays(tmp_path, split, images=np.zeros((count, 8, 8), np.uint8), labels=np.zeros(count, np.int64))
+        write_arrays(
+            tmp_path, split, images=np.zeros((count, 8, 8), np.uint8), labels=np.zeros(count, np.int64)
+        )
     assert len(load_labelled_images(tmp_path, TASK, "val")) == 2
     assert len(load_labelled_images(tmp_path, TASK)) == 3
     assert find_images(tmp_path, TASK.name, "train") is None
@@ -58,13 +60,16 @@ def test_folders_are_classes(tmp_path):
     assert images.labels.tolist() == [0, 1, 1]
 
 
-def test_a_shorter_sample_is_spread_over_the_whole(tmp_path):
-    images = np.arange(10, dtype=np.uint8)[:, None, None] * np.ones((10, 8, 8), np.uint8)
-    write_arrays(tmp_path, images=images, labels=np.arange(10) % 2)
-    sample = load_labelled_images(tmp_path, TASK).head(4)
-    assert [int(image[0, 0]) for image in sample.sources] == [0, 2, 5, 7]
-    assert sample.labels.tolist() == [0, 0, 1, 1]
-    assert len(sample.head(100)) == 4
+def test_a_sample_is_always_the_same_and_keeps_labels_with_their_images(tmp_path):
+    images = np.arange(200, dtype=np.uint8)[:, None, None] * np.ones((200, 8, 8), np.uint8)
+    write_arrays(tmp_path, images=images, labels=np.arange(200) // 100)
+    sample, again = (load_labelled_images(tmp_path, TASK).sample(20) for _ in range(2))
+    numbers = [int(image[0, 0]) for image in sample.sources]
+    assert len(set(numbers)) == 20
+    assert numbers == [int(image[0, 0]) for image in again.sources]
+    assert sample.labels.tolist() == [number // 100 for number in numbers]
+    assert set(sample.labels.tolist()) == {0, 1}
+    assert len(sample.sample(100)) == 20
 
 
 @pytest.mark.parametrize(
