@@ -18,7 +18,7 @@ def load_pool(place: Path, spec: PreprocessSpec, limit: int | None = None) -> ND
     Args:
         place: folder, image file or array file; labels in it are not read.
         spec: preprocessing.
-        limit: at most so many, spread evenly over the sorted whole.
+        limit: at most so many, drawn at random with a fixed seed.
 
     Returns:
         [n, 3, H, W] float32
@@ -37,7 +37,7 @@ def load_pool(place: Path, spec: PreprocessSpec, limit: int | None = None) -> ND
             f"{place}: no images; give a folder of images or an .npz file with an array 'images'."
         )
     images = LabelledImages(place, sources, np.zeros(len(sources), np.int64))
-    return (images if limit is None else images.head(limit)).pixel_values(spec)
+    return (images if limit is None else images.sample(limit)).pixel_values(spec)
 
 
 def _array(file: Path) -> NDArray[np.uint8]:

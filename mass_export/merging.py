@@ -47,7 +47,8 @@ def polar_factor(stack: Tensor, where: str = "") -> Tensor:
     if int((~kept).sum()) > absent:
         warnings.warn(
             f"{where or 'stack'}: {int((~kept).sum()) - absent} of {sigma.numel()} stacked directions are shared "
-            f"between tasks (smallest singular value {float(sigma[-1]):.1e}, bound {RELATIVE_CUTOFF:g} of the largest); they were "
+            "between tasks "
+            f"(smallest singular value {float(sigma[-1]):.1e}, bound {RELATIVE_CUTOFF:g} of the largest); they were "
             "merged into one. Lower the rank if this is not intended.",
             IllConditionedWarning,
             stacklevel=2,

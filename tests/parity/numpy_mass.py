@@ -122,7 +122,7 @@ class Settings:
     router_ranks: int | Sequence[int] | None = None
     base_merge: str = "tsvm"
     site: str = "mlp"
-    token: str = "cls"  # noqa: S105
+    token: str = "cls"
     norm: str = "l2"
     mode: str = "topk"
     threshold: float = 0.2
