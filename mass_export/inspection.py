@@ -63,7 +63,7 @@ def inspect(path: Path, progress: Progress) -> Inspection:
 def _task_summary(source: Source, index: int, name: str) -> TaskSummary:
     ranks = [matrix.ranks[index] for matrix in source.matrices]
     used = sum(_nonzero_rows(matrix.vh[index]) for matrix in source.matrices)
-    router_rank = max(_nonzero_rows(rows[index]) for rows in source.taps.values())
+    router_rank = max((_nonzero_rows(rows[index]) for rows in source.taps.values()), default=0)
     return TaskSummary(name, source.classes[name], min(ranks), max(ranks), sum(ranks) - used, router_rank)
 
 
@@ -101,7 +101,7 @@ def _subspaces(
         u.append(stack_geometry(matrix.u_t))
         vh.append(stack_geometry(matrix.vh))
     at_taps = [stack_geometry(rows) for rows in source.taps.values()]
-    of_vh, of_u, of_router = (_overlap_matrix(geometries) for geometries in (vh, u, at_taps))
+    of_vh, of_u, of_router = (_overlap_matrix(geometries, len(names)) for geometries in (vh, u, at_taps))
     pairs = [
         PairOverlap((name, names[j]), of_vh.mean[i][j], of_u.mean[i][j], of_router.mean[i][j])
         for i, name in enumerate(names)
@@ -113,7 +113,9 @@ def _subspaces(
     return Overlap(of_vh, of_u, of_router, tuple(pairs)), conditioning
 
 
-def _overlap_matrix(geometries: Sequence[StackGeometry]) -> OverlapMatrix:
+def _overlap_matrix(geometries: Sequence[StackGeometry], tasks: int) -> OverlapMatrix:
+    if not geometries:
+        return OverlapMatrix(((None,) * tasks,) * tasks, None)
     mean, chance = mean_overlap(geometries)
     off_diagonal = chance[np.triu_indices(len(chance), k=1)]
     known = off_diagonal[~np.isnan(off_diagonal)]

@@ -23,7 +23,7 @@ FORMAT = "mass-inspection"
 SCHEMA_VERSION = 1
 
 Kind = Literal["artifact", "bundle"]
-Part = Literal["base", "merged", "bases", "vectors", "router", "heads", "container"]
+Part = Literal["base", "merged", "bases", "vectors", "router", "heads", "engines", "container"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ class PartSize(Size):
     Attributes:
         part: `base` (the tower; in a bundle the class embedding is added to the positions), `merged` (the first
             pass: whole in an artifact, up to the routing layer in a bundle), `bases` (u, s, vh of every task; in
-            a bundle padded to equal ranks), `vectors` (deltas of vector parameters), `router` (its bases),
-            `heads`, and `container` (header, graphs, manifest, padding; bytes only).
+            a bundle padded to equal ranks), `vectors` (deltas of vector parameters), `router` (its bases
+            and calibration), `heads`; in bytes only `engines` (TensorRT's, which hold weights once more) and
+            `container` (header, graphs, manifest, padding).
     """
 
     part: Part
@@ -155,7 +156,8 @@ class Inspection:
         producer: the program that wrote it.
         model: the vision tower, `spec.VisionSpec`.
         router: mode, threshold, temperature, max_tasks, site, token, norm and what else is stored of the router;
-            `layers` that it reads, counted from 0, and `taps`, the matrices whose input it reads.
+            `layers` that it reads, counted from 0, and `taps`, the matrices whose input it reads
+            against bases; for an artifact `calibration`, what images taught it, or None.
         merge: base_merge, compose, sum_weights, vectors, head_choice.
         provenance: names and checksums of what it was made from.
     """

@@ -31,6 +31,7 @@ Rows = Sequence[NDArray[np.floating[Any]]]
 
 _CONTAINER: Part = "container"
 _PARTS_OF_ARRAYS: dict[str, Part] = {part: part for part in get_args(Part) if part != _CONTAINER}
+_PARTS_OF_ARRAYS["calibration"] = "router"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Source:
         classes: number of classes by task, in the order of the tasks.
         router: settings of the router, as `Inspection` has them.
         merge: settings of the merge, likewise.
-        taps: the router's bases, by the matrix whose input it reads. T of [R_i, D] each
+        taps: the router's bases, by the matrix whose input it reads; none where a bundle's router has learned to do
+            without residuals. T of [R_i, D] each
     """
 
     kind: Kind
@@ -97,7 +99,8 @@ def source_from_artifact(path: Path) -> Source:
         producer=str(info.provenance.get("producer", "")),
         vision=info.vision,
         classes={task.name: len(task.classes) for task in info.tasks},
-        router=_router(dataclasses.asdict(info.router), taps),
+        router=_router(dataclasses.asdict(info.router), {tap.layer for tap in info.taps()}, taps)
+        | {"calibration": None if info.calibration is None else dataclasses.asdict(info.calibration)},
         merge=dataclasses.asdict(info.merge),
         matrices=tuple(matrices),
         taps=taps,
@@ -122,18 +125,15 @@ def source_from_bundle(directory: Path) -> Source:
     arrays = _graph_arrays(directory, manifest)
     taps = _taps(directory, len(manifest.tasks), arrays)
     parts = _bundle_parts(directory, manifest, arrays)
-    if not (matrices and taps and parts["base"].parameters):
-        raise BundleError(
-            f"{directory}: its graphs lack the base tower or the bases of matrices or router. "
-            "Export the bundle again."
-        )
+    if not (matrices and parts["base"].parameters):
+        raise BundleError(f"{directory}: lacks the base tower or bases of matrices. Export the bundle again.")
     vision = {field.name: manifest.model.get(field.name) for field in dataclasses.fields(VisionSpec)}
     return Source(
         kind="bundle",
         producer=manifest.producer,
         vision=VisionSpec.from_json(vision),
         classes={task.name: len(task.classes) for task in manifest.tasks},
-        router=_router(dataclasses.asdict(manifest.router), taps),
+        router=_router(dataclasses.asdict(manifest.router), manifest.router.layers, taps),
         merge={
             "base_merge": manifest.model.get("first_pass"),
             "compose": manifest.compose,
@@ -148,13 +148,11 @@ def source_from_bundle(directory: Path) -> Source:
     )
 
 
-def _router(settings: Mapping[str, Any], taps: Iterable[str]) -> dict[str, Any]:
+def _router(settings: Mapping[str, Any], layers: Iterable[int], taps: Iterable[str]) -> dict[str, Any]:
     """The settings as stored, less those of the merge; layers as numbers, and the taps by name."""
     apart = ("head_choice", "sum_weights", "layer", "layers", "rank")
-    names = sorted(taps)
-    layers = sorted({int(name.split(".")[2]) for name in names})  # transformer.resblocks.<layer>.
     kept = {key: value for key, value in settings.items() if key not in apart}
-    return kept | {"layers": layers, "taps": names}
+    return kept | {"layers": sorted(layers), "taps": sorted(taps)}
 
 
 def _artifact_parts(path: Path) -> dict[Part, Size]:
@@ -183,15 +181,15 @@ def _bundle_parts(directory: Path, manifest: Manifest, arrays: Mapping[str, Stor
         if prefix in _PARTS_OF_ARRAYS and (array.file, array.offset) not in seen:
             seen.add((array.file, array.offset))
             sizes.append((_PARTS_OF_ARRAYS[prefix], Size(math.prod(array.shape), array.nbytes)))
+    engines = sum(manifest.files[engine.file].bytes for engine in manifest.engines)
+    sizes.append(("engines", Size(0, engines)))
     listed = sum(spec.bytes for spec in manifest.files.values())
     return _add_up(sizes, listed + (directory / MANIFEST_FILE).stat().st_size)
 
 
 def _add_up(arrays: Sequence[tuple[Part, Size]], total_bytes: int) -> dict[Part, Size]:
     """Sizes by part; bytes that no array takes are the container's."""
-    parts = {
-        name: sum_sizes(size for part, size in arrays if part == name) for name in _PARTS_OF_ARRAYS.values()
-    }
+    parts = {name: sum_sizes(size for part, size in arrays if part == name) for name in get_args(Part)}
     return parts | {_CONTAINER: Size(0, total_bytes - sum_sizes(parts.values()).bytes)}
 
 

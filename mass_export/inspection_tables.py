@@ -54,15 +54,18 @@ def _settings(inspection: Inspection) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in {
+    rows = {
         inspection.kind: inspection.path,
         "written by": inspection.producer,
         "tower": tower,
         "merge": _listed(inspection.merge),
-        "router": _listed({key: value for key, value in inspection.router.items() if key != "taps"}),
+        "router": _listed({k: v for k, v in inspection.router.items() if k not in ("taps", "calibration")}),
+        "calibration": _listed(inspection.router.get("calibration") or {}),
         "made from": _files(inspection.provenance),
-    }.items():
-        table.add_row(name, Text(value))
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, Text(value))
     return table
 
 

@@ -17,7 +17,8 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from mass_export.artifact import write_artifact
+from mass_export.artifact import Artifact, write_artifact
+from mass_export.calibration import calibrate_task_images
 from mass_export.cli import main
 from mass_export.errors import ArtifactError
 from mass_export.inspection import inspect
@@ -46,8 +47,8 @@ def write_merged(recipe: Path) -> Path:
     return path
 
 
-def export(recipe: Path) -> Path:
-    artifact = merge(load_recipe(recipe), QUIET)
+def export(recipe: Path, artifact: Artifact | None = None) -> Path:
+    artifact = artifact or merge(load_recipe(recipe), QUIET)
     directory = recipe.parent / "engines"
     directory.mkdir()
     path = recipe.parent / "merged.safetensors"
@@ -127,6 +128,7 @@ def test_parameters_and_bytes_of_an_artifact_are_those_of_its_file(
         "vectors": TASKS * vectors,
         "router": TASKS * 2 * recipe.vision.width,
         "heads": sum(count * recipe.vision.embed_dim for count in CLASSES) + 3 + 5,  # biases of two tasks
+        "engines": 0,
         "container": 0,
     }
     inspection = inspect(path, QUIET)
@@ -187,6 +189,25 @@ def test_artifact_and_bundle_of_the_same_merge_agree(
     )  # the bias that task1 lacks is stored as zeros
     assert (of_bundle["merged"][0] > 0, of_artifact["merged"][0] > 0) == (merged, merged)
     assert bundle.provenance["base"] == artifact.provenance["base"]
+
+
+def test_a_router_that_reads_no_residuals_has_no_bases_in_the_bundle(pico_files: Callable[..., Path]) -> None:
+    recipe = pico_files(TASKS)
+    rng = np.random.default_rng(0)
+    images = {f"task{i}": rng.normal(i, 1, (12, 3, 16, 16)).astype(np.float32) for i in range(TASKS)}
+    calibrated, _ = calibrate_task_images(merge(load_recipe(recipe), QUIET), images, progress=QUIET)
+    assert calibrated.info.calibration is not None
+    info = dataclasses.replace(calibrated.info.calibration, residual_weight=0.0)
+    calibrated = dataclasses.replace(calibrated, info=dataclasses.replace(calibrated.info, calibration=info))
+    bundle = inspect(export(recipe, calibrated), QUIET)
+    artifact = inspect(recipe.parent / "merged.safetensors", QUIET)
+    assert (bundle.router["taps"], bundle.tasks[0].router_rank) == ([], 0)
+    assert bundle.overlap.router.mean == ((None,) * TASKS,) * TASKS
+    assert artifact.router["calibration"]["level"] == "task_images"
+    assert parts(artifact)["router"][0] > parts(bundle)["router"][0] > 0
+    for inspection in (bundle, artifact):
+        print_inspection(inspection, Console(quiet=True))
+        assert json.loads(json_from_inspection(inspection))["kind"] == inspection.kind
 
 
 def test_bytes_of_a_bundle_are_those_of_its_directory(pico_files: Callable[..., Path]) -> None:
