@@ -26,6 +26,7 @@ from runtime.bundle import (
     router_fault,
 )
 from runtime.cores import CoreCache
+from runtime.device_array import DeviceArray, is_foreign_device_array
 from runtime.errors import BackendError, InputError
 from runtime.prediction import ForwardResult, Prediction, joined, predictions_from_result
 from runtime.preprocess import ImageSource, pixel_values_from_images
@@ -61,12 +62,14 @@ class Classifier:
         head_choice: HeadChoice | None = None,
         batch_size: int = 32,
         core_cache_sets: int = 64,
+        cuda_graphs: bool = False,
     ) -> None:
         """Load and check a bundle.
 
         Args:
             bundle_dir: directory that mass-export wrote.
-            provider: `auto` takes CUDA where it starts, else the CPU; any other is taken or is an error.
+            provider: `auto` takes TensorRT where the bundle has engines for this GPU, then CUDA, then the CPU; any
+                other is taken or is an error.
             num_threads: threads within an operator on the CPU; None lets the backend choose.
             verify: compare `full` checksums, or only the `size` of each file.
             mode: of the gates, `topk`, `top1` or `weighted`; this and the next four replace the bundle's.
@@ -76,6 +79,7 @@ class Classifier:
             head_choice: heads of a set compete by their `max` or `mean` logit.
             batch_size: images that are in work at a time.
             core_cache_sets: distinct sets of tasks whose cores are kept, see `CoreCache`.
+            cuda_graphs: TensorRT alone: record the kernels of each batch size and replay them.
 
         Raises:
             BundleError: the bundle is missing, damaged or of another version.
@@ -102,10 +106,18 @@ class Classifier:
         self.tasks = tuple(task.name for task in self.manifest.tasks)
         self.classes = {task.name: task.classes for task in self.manifest.tasks}
         self._directory = directory
-        self._batch_size = batch_size
         matrices = self.manifest.matrices if self.manifest.compose == "tsvm" else ()
         self._cores = CoreCache(directory, matrices, core_cache_sets)
-        self._first, self._second = open_sessions(directory, self.manifest, provider, num_threads)
+        self._first, self._second = open_sessions(
+            directory,
+            self.manifest,
+            provider,
+            num_threads,
+            core_cache_sets=core_cache_sets,
+            cuda_graphs=cuda_graphs,
+        )
+        limits = (session.max_batch for session in (self._first, self._second))
+        self._batch_size = min([batch_size, *(limit for limit in limits if limit is not None)])
         self.provider = self._second.provider
         self._closed = False
 
@@ -168,11 +180,13 @@ class Classifier:
             yield from predictions_from_result(result, self.manifest.tasks, top_k)
             done += len(batch)
 
-    def forward(self, pixel_values: NDArray[np.float32], tasks: Iterable[str] | None = None) -> ForwardResult:
+    def forward(self, pixel_values: Any, tasks: Iterable[str] | None = None) -> ForwardResult:
         """Run the model on preprocessed images; a sample's result does not depend on its batch.
 
         Args:
-            pixel_values: normalised RGB, finite. [B, 3, H, W] float32
+            pixel_values: normalised RGB, finite; a numpy array, or with TensorRT also a contiguous array of another
+                library on the GPU (`__cuda_array_interface__`), which is used where it is and not searched for NaN.
+                [B, 3, H, W] float32
             tasks: names of the tasks that may answer, None for all. With one there is no first pass.
 
         Raises:
@@ -180,16 +194,18 @@ class Classifier:
             BackendError: the backend failed, or the classifier is closed.
         """
         self._require_open()
+        if is_foreign_device_array(pixel_values) and self.provider == "tensorrt":
+            pixel_values = self._first.stage(pixel_values)
         self._require_pixel_values(pixel_values)
         allowed = self._allowed(tasks)
         starts = range(0, len(pixel_values), self._batch_size)
         parts = [self._forward(pixel_values[i : i + self._batch_size], allowed) for i in starts]
         return parts[0] if len(parts) == 1 else joined(parts)
 
-    def _forward(self, pixel_values: NDArray[np.float32], allowed: tuple[int, ...] | None) -> ForwardResult:
+    def _forward(self, images: Any, allowed: tuple[int, ...] | None) -> ForwardResult:
         self._require_open()
-        router, shape = self.router, (len(pixel_values), len(self.tasks))
-        pixel_values = np.ascontiguousarray(pixel_values)
+        router, shape = self.router, (len(images), len(self.tasks))
+        pixel_values = self._first.stage(_contiguous(images))
         residuals: NDArray[np.float32] | None = None
         if allowed is not None and len(allowed) == 1:
             gates = np.zeros(shape, np.float32)
@@ -217,7 +233,7 @@ class Classifier:
         return ForwardResult(residuals, gates, selection.selected, logits, task_index, class_index, verified)
 
     def _second_pass(
-        self, pixel_values: NDArray[np.float32], sets: Sequence[TaskSet], gates: NDArray[np.float32]
+        self, pixel_values: Any, sets: Sequence[TaskSet], gates: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         logits = run_second_pass(
             self._second, self.manifest, self._cores, pixel_values=pixel_values, sets=sets, gates=gates
@@ -231,15 +247,17 @@ class Classifier:
 
     def _require_pixel_values(self, pixel_values: object) -> None:
         wanted = (3, *self.manifest.preprocess.image_size)
-        if not isinstance(pixel_values, np.ndarray):
+        if not isinstance(pixel_values, np.ndarray | DeviceArray):
             raise InputError(f"pixel_values: expected a numpy array, got {type(pixel_values).__name__}.")
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != wanted:
+        if len(pixel_values.shape) != 4 or pixel_values.shape[1:] != wanted:
             expected = ", ".join(map(str, wanted))
             raise InputError(f"pixel_values: expected shape [B, {expected}], got {list(pixel_values.shape)}.")
         if pixel_values.dtype != np.float32:
             raise InputError(f"pixel_values: expected float32, got {pixel_values.dtype}.")
         if not len(pixel_values):
             raise InputError("pixel_values: the batch is empty.")
+        if isinstance(pixel_values, DeviceArray):
+            return
         unfit = np.flatnonzero(~np.isfinite(pixel_values).all(axis=(1, 2, 3)))
         if len(unfit):
             raise InputError(f"pixel_values: NaN or infinity in image {unfit[0]}.")
@@ -258,6 +276,10 @@ class Classifier:
         if len(set(names)) != len(names):
             raise InputError(f"tasks: names repeat in {', '.join(names)}.")
         return tuple(sorted(self.tasks.index(name) for name in names))
+
+
+def _contiguous(images: Any) -> Any:
+    return images if isinstance(images, DeviceArray) else np.ascontiguousarray(images)
 
 
 def _overridden(router: RouterSpec, **overrides: Any) -> RouterSpec:

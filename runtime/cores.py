@@ -64,6 +64,20 @@ def compute_core(
     return core.astype(np.float32)
 
 
+def stacked_cores(sets: Sequence[tuple[int, ...]], cores: CoreCache) -> dict[str, NDArray[np.float32]]:
+    """Cores of several sets as inputs of the second pass.
+
+    Args:
+        sets: task indices of each set, ascending; all of one size.
+        cores: computes or remembers them.
+
+    Returns:
+        input name -> cores. [S, K*R, K*R] float32
+    """
+    found = [cores.get(tasks) for tasks in sets]
+    return {name: np.stack([core[name] for core in found]) for name in found[0]}
+
+
 class CoreCache:
     """The cores of the sets seen last, at most `max_sets` of them. Thread-safe.
 

@@ -1,21 +1,24 @@
-"""ONNX Runtime, on the CPU or with CUDA. The only module that imports onnxruntime."""
+"""ONNX Runtime, on the CPU or on a GPU. The only module that imports onnxruntime."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
+from runtime.cores import CoreCache, stacked_cores
 from runtime.errors import BackendError
 
-OnnxProvider = Literal["cpu", "cuda"]
+OnnxProvider = Literal["cpu", "cuda", "tensorrt"]
 
 _EXECUTION_PROVIDERS: dict[OnnxProvider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
 }
 _ONLY_ERRORS = 3
 
@@ -34,6 +37,27 @@ def _import_onnxruntime() -> ModuleType:
 def is_offered(provider: OnnxProvider) -> bool:
     """Whether the installed build of ONNX Runtime has the provider; it may still fail to start."""
     return _EXECUTION_PROVIDERS[provider] in _import_onnxruntime().get_available_providers()
+
+
+class StagedImages:
+    """Images on a GPU for ONNX Runtime, with their host copy: rows that are picked out are sent again."""
+
+    def __init__(self, host: NDArray[np.float32], device: str = "cuda") -> None:
+        """Copy to the device."""
+        self.host = np.ascontiguousarray(host)
+        self.shape = self.host.shape
+        self.ort_value = _import_onnxruntime().OrtValue.ortvalue_from_numpy(self.host, device, 0)
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def __getitem__(self, rows: slice | Sequence[int] | NDArray[np.intp]) -> StagedImages:
+        """All rows in order are the same images; others are copied anew."""
+        picked = np.arange(len(self))[rows]
+        if np.array_equal(picked, np.arange(len(self))):
+            return self
+        return StagedImages(self.host[picked], self._device)
 
 
 class OnnxSession:
@@ -80,10 +104,25 @@ class OnnxSession:
 
     @property
     def provider(self) -> str:
-        """`cpu` or `cuda`."""
+        """`cpu`, `cuda` or `tensorrt`."""
         return self._provider
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    @property
+    def max_batch(self) -> int | None:
+        """Any batch fits."""
+        return None
+
+    def stage(self, pixel_values: Any) -> Any:
+        """On a GPU: copy the images there, for both passes. On the CPU they are where they should be."""
+        if self._provider == "cpu" or not isinstance(pixel_values, np.ndarray):
+            return pixel_values
+        return StagedImages(pixel_values)
+
+    def core_feeds(self, sets: Sequence[tuple[int, ...]], cores: CoreCache) -> Mapping[str, Any]:
+        """Cores of the sets, stacked on the host."""
+        return stacked_cores(sets, cores)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Run the graph on inputs by name; outputs by name.
 
         Raises:
@@ -94,6 +133,8 @@ class OnnxSession:
             raise BackendError(f"{self.path.name}: the session is closed.")
         names = [output.name for output in session.get_outputs()]
         try:
+            if any(isinstance(value, StagedImages) for value in feeds.values()):
+                return dict(zip(names, _run_bound(session, names, feeds), strict=True))
             return dict(zip(names, session.run(names, dict(feeds)), strict=True))
         except Exception as error:  # as above
             raise BackendError(f"{self.path.name}: ONNX Runtime failed ({error}).") from error
@@ -101,3 +142,18 @@ class OnnxSession:
     def close(self) -> None:
         """Release the graph; runs that are under way finish."""
         self._session = None
+
+
+def _run_bound(session: Any, names: list[str], feeds: Mapping[str, Any]) -> list[NDArray[Any]]:
+    """Run with inputs where they are, and outputs to the host."""
+    binding = session.io_binding()
+    for name, value in feeds.items():
+        if isinstance(value, StagedImages):
+            binding.bind_ortvalue_input(name, value.ort_value)
+        else:
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+    for name in names:
+        binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    outputs: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+    return outputs

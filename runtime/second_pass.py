@@ -54,7 +54,7 @@ def run_second_pass(
     manifest: Manifest,
     cores: CoreCache,
     *,
-    pixel_values: NDArray[np.float32],
+    pixel_values: Any,
     sets: Sequence[TaskSet],
     gates: NDArray[np.float32],
 ) -> NDArray[np.float32]:
@@ -64,7 +64,7 @@ def run_second_pass(
         session: of the second-pass graph.
         manifest: of the bundle.
         cores: of the bundle; asked only with `compose` tsvm.
-        pixel_values: normalised images. [B, 3, H, W] float32
+        pixel_values: normalised images, as the session staged them. [B, 3, H, W] float32
         sets: tasks of each sample, ascending.
         gates: used where the bundle weights sums by them. [B, T] float32
 
@@ -83,14 +83,12 @@ def run_second_pass(
         if by_gates and slots.shape[1] > 1:
             kept = np.take_along_axis(gates[rows], slots, axis=1)
             weights = kept / kept.sum(axis=1, keepdims=True)
-        feeds: dict[str, NDArray[Any]] = {
+        feeds: dict[str, Any] = {
             "pixel_values": pixel_values[rows],
             "slots": slots,
             "weights": weights,
         }
         if manifest.compose == "tsvm":
-            found = [cores.get(tasks) for tasks in run.sets]
-            for matrix in manifest.matrices:
-                feeds[matrix.core] = np.stack([core[matrix.core] for core in found])  # [S, K*R, K*R]
+            feeds |= session.core_feeds(run.sets, cores)
         logits[rows] = session.run(feeds)["logits"]
     return logits
