@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from mass_export.engine_options import (
+    PRECISION,
+    describe,
+    engine_options,
+    refuse_engine_options,
+    settings_from_options,
+)
 from mass_export.errors import MassExportError
 
 if TYPE_CHECKING:
     from mass_export.tables import Table
     from runtime.backends import Provider
+    from runtime.engine_spec import Precision
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 PROVIDER = click.Choice(["auto", "cpu", "cuda", "tensorrt"])
@@ -82,13 +90,36 @@ def merge(recipe: Path, out: Path, *, quiet: bool) -> None:
     _summarise(out, f"{len(parsed.tasks)} tasks", start)
 
 
-@main.command(epilog=_example("mass export --artifact merged.safetensors --out engines/"))
+@main.command(
+    epilog=_example(
+        "mass export --artifact merged.safetensors --out engines/",
+        "mass export --artifact merged.safetensors --out engines/ --backend tensorrt --precision fp16",
+    )
+)
 @click.option("--artifact", required=True, type=FILE, help="What `mass merge` wrote.")
 @click.option("--out", required=True, type=DIRECTORY, help="The bundle to write; an older one is replaced.")
+@click.option(
+    "--backend", type=click.Choice(["onnx", "tensorrt"]), default="onnx", show_default=True,
+    help="Also build TensorRT engines, beside the graphs.",
+)  # fmt: skip
+@click.option(
+    "--precision", type=PRECISION, default="fp32", show_default=True,
+    help="Of the graphs; with --backend tensorrt of the engines, and the graphs stay fp32.",
+)  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle with the eager model.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
-def export(artifact: Path, out: Path, *, no_verify: bool, quiet: bool) -> None:
-    """Export an artifact as a bundle of two ONNX graphs.
+@engine_options
+def export(
+    artifact: Path,
+    out: Path,
+    *,
+    backend: str,
+    precision: Precision,
+    no_verify: bool,
+    quiet: bool,
+    **engine: Any,
+) -> None:
+    """Export an artifact as a bundle of two ONNX graphs, and TensorRT engines if wanted.
 
     The bundle also holds their weights and a manifest, and is all that the runtime needs.
 
@@ -99,10 +130,43 @@ def export(artifact: Path, out: Path, *, no_verify: bool, quiet: bool) -> None:
     from mass_export.progress import Progress  # noqa: PLC0415
 
     start = time.perf_counter()
+    with_engines = backend == "tensorrt"
+    if not with_engines:
+        refuse_engine_options(engine)
     loaded = read_artifact(artifact)
-    bundle = export_bundle(loaded, artifact, out, verify=not no_verify, progress=Progress(quiet=quiet))
+    bundle = export_bundle(
+        loaded,
+        artifact,
+        out,
+        verify=not no_verify,
+        progress=Progress(quiet=quiet),
+        precision="fp32" if with_engines else precision,
+        engines=settings_from_options(precision, engine) if with_engines else None,
+    )
     checked = "not verified" if no_verify else "verified"
-    _summarise(bundle, f"{len(loaded.info.tasks)} tasks, {checked}", start)
+    what = f"{precision} engines" if with_engines else precision
+    _summarise(bundle, f"{len(loaded.info.tasks)} tasks, {what}, {checked}", start)
+
+
+@main.command("build-engines", epilog=_example("mass build-engines engines/ --precision fp16"))
+@click.argument("bundle", type=DIRECTORY)
+@click.option("--precision", type=PRECISION, help="Of the engines; by default that of the graphs.")
+@click.option("--timing-cache", type=FILE, help="TensorRT: its measurements, read and written.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
+@engine_options
+def build_engines(
+    bundle: Path, precision: Precision | None, timing_cache: Path | None, *, quiet: bool, **engine: Any
+) -> None:
+    """Build TensorRT engines for the graphs of BUNDLE, where there are none or old ones.
+
+    The bundle is as it was until all are built.
+    """
+    from mass_export.engine_bundle import build_engines as build  # noqa: PLC0415
+    from mass_export.progress import Progress  # noqa: PLC0415
+
+    settings = settings_from_options(precision, engine)
+    for built in build(bundle, settings, progress=Progress(quiet=quiet), timing_cache=timing_cache):
+        click.echo(describe(built))
 
 
 @main.command(

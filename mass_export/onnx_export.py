@@ -11,6 +11,9 @@ import onnx_ir as ir
 
 import mass_export
 from mass_export.artifact import Artifact
+from mass_export.bundle_precision import convert_bundle, require_graph_precision
+from mass_export.engine_bundle import build_engines
+from mass_export.engine_settings import EngineSettings
 from mass_export.errors import ExportError
 from mass_export.first_pass import add_first_pass
 from mass_export.graph import Graph
@@ -34,12 +37,20 @@ from runtime.bundle import (
     json_from_manifest,
     sha256_of_file,
 )
+from runtime.engine_spec import Precision
 
 WEIGHTS_FILE = "weights.bin"
 
 
 def export_bundle(
-    artifact: Artifact, artifact_path: Path, out: Path, *, verify: bool, progress: Progress
+    artifact: Artifact,
+    artifact_path: Path,
+    out: Path,
+    *,
+    verify: bool,
+    progress: Progress,
+    precision: Precision = "fp32",
+    engines: EngineSettings | None = None,
 ) -> Path:
     """Write a bundle directory.
 
@@ -52,20 +63,31 @@ def export_bundle(
         out: bundle directory; may exist if it is empty or a bundle.
         verify: run the bundle against the eager model first.
         progress: where to show it.
+        precision: of the graphs, `fp32` or `fp16`.
+        engines: also build TensorRT engines, so.
 
     Raises:
+        EngineError: TensorRT is missing or refuses.
         ExportError: `out` is something else than a bundle, or cannot be written.
         VerificationError: the graphs do not reproduce the eager model.
     """
     out = out.absolute()
     _check_replaceable(out)
+    require_graph_precision(precision)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         staged = Path(scratch) / "bundle"
         staged.mkdir()
-        write_bundle(artifact, artifact_path, staged, progress)
+        manifest = write_bundle(artifact, artifact_path, staged, progress)
+        if precision != "fp32":
+            full, staged = staged, Path(scratch) / precision
+            staged.mkdir()
+            convert_bundle(full, manifest, staged, precision)
+            shutil.rmtree(full)
         if verify:
             verify_bundle(artifact, staged, progress=progress)
+        if engines is not None:
+            build_engines(staged, engines, progress=progress)
         _replace(staged, out, Path(scratch) / "previous")
     return out
 

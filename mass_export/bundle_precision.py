@@ -1,0 +1,67 @@
+"""A whole bundle in half precision: both graphs, their weights, and the bases that the runtime reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from mass_export.errors import ExportError
+from mass_export.precision import HALVES, convert_file, half_array
+from mass_export.weights_file import WeightsFile
+from runtime.bundle import (
+    MANIFEST_FILE,
+    FileSpec,
+    Manifest,
+    MatrixBases,
+    StoredArray,
+    json_from_manifest,
+    map_array,
+    sha256_of_file,
+)
+from runtime.engine_spec import Precision
+
+
+def require_graph_precision(precision: Precision) -> None:
+    """Refuse what ONNX Runtime could not run.
+
+    Raises:
+        ExportError: bf16; ONNX Runtime has next to no kernels for it.
+    """
+    if precision == "bf16":
+        raise ExportError(
+            "precision: ONNX Runtime does not run bf16 graphs; export fp32 and build bf16 engines with `mass "
+            "build-engines --precision bf16`, or export with --backend tensorrt."
+        )
+
+
+def convert_bundle(source: Path, manifest: Manifest, target: Path, precision: Precision) -> Manifest:
+    """Write a copy of an fp32 bundle in another precision.
+
+    Args:
+        source: bundle directory.
+        manifest: its manifest.
+        target: empty directory.
+        precision: `fp16`; see `require_graph_precision`.
+    """
+    require_graph_precision(precision)
+    weights_file = next(iter(manifest.matrices)).u_t.file
+    with WeightsFile(target / weights_file) as weights:
+        for spec in manifest.passes.values():
+            convert_file(source / spec.file, target, weights, precision)
+        matrices = tuple(_half_bases(source, matrix, weights, precision) for matrix in manifest.matrices)
+    files = {p.name: FileSpec(p.stat().st_size, sha256_of_file(p)) for p in sorted(target.iterdir())}
+    converted = dataclasses.replace(manifest, matrices=matrices, files=files, precision=precision, engines=())
+    (target / MANIFEST_FILE).write_text(json_from_manifest(converted), encoding="utf-8")
+    return converted
+
+
+def _half_bases(source: Path, matrix: MatrixBases, weights: WeightsFile, precision: Precision) -> MatrixBases:
+    """The graph has stored the bases already; equal bytes are stored once. The singular values stay fp32."""
+
+    def half(array: StoredArray) -> StoredArray:
+        return weights.add(half_array(map_array(source, array), HALVES[precision], matrix.name))
+
+    s = weights.add(np.asarray(map_array(source, matrix.s)))
+    return dataclasses.replace(matrix, u_t=half(matrix.u_t), s=s, vh=half(matrix.vh))
