@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 SUITES = {"core": "Core eight", "hard": "Hard ten"}
+SHORT = {
+    "finetuned": "Fine-tuned",
+    "base": "Base",
+    "task_arithmetic": "Task arithmetic",
+    "tsvm": "TSV-M alone",
+}
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,16 @@ class Table:
         from rich import box  # noqa: PLC0415 - not needed where nothing is shown
         from rich.table import Table as RichTable  # noqa: PLC0415
 
-        table = RichTable(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        table = RichTable(
+            title=self.title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i == 0)
         for i, row in enumerate(self.rows):
             first_summary = len(self.rows) - self.summary_rows
             table.add_row(
@@ -71,7 +84,7 @@ def accuracy_table(evaluation: Mapping[str, Any], baselines: Mapping[str, Any] |
     known = dict(baselines or {})
     columns = (
         "Task",
-        *(row["label"] for row in known.values()),
+        *(SHORT[name] for name in known),
         "MASS, task given",
         "MASS",
         "MASS, class index",
@@ -94,7 +107,7 @@ def accuracy_table(evaluation: Mapping[str, Any], baselines: Mapping[str, Any] |
         percent(evaluation["reference_accuracy"]),
     )
     normalized = (
-        "Share of fine-tuned",
+        "Of fine-tuned",
         *(percent(row["normalized_known_task_accuracy"]) for row in known.values()),
         percent(evaluation.get("normalized_known_task_accuracy")),
         percent(evaluation.get("normalized_joint_accuracy")),

@@ -170,7 +170,7 @@ def test_the_accuracy_table_ends_with_the_average_and_its_share_of_fine_tuned(re
     core = report["core"]
     table = accuracy_table(core["paper"], core["baselines"])
     assert table.rows[0] == ("pets", "30.0%", "75.0%", "25.0%", "25.0%")
-    assert table.rows[-1] == ("Share of fine-tuned", "50.0%", "93.8%", "62.5%", "-")
+    assert table.rows[-1] == ("Of fine-tuned", "50.0%", "93.8%", "62.5%", "-")
     assert accuracy_table(core["paper"], None).rows[-1] == ("Average", "75.0%", "50.0%", "50.0%")
 
 
