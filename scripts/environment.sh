@@ -15,11 +15,12 @@ use_environment() {
     stamp=$venv/.installed-$extras
     if [[ $(cat "$stamp" 2>/dev/null) != "$wanted" ]]; then
         echo "Installing mass-export[$extras] into $venv (downloads torch the first time)" >&2
-        local pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input install --quiet)
-        if ! "${pip[@]}" -r scripts/requirements-torch.txt; then
+        local pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input install)
+        [[ -t 2 ]] || pip+=(-qq) # progress bars on a terminal, only errors elsewhere
+        if ! "${pip[@]}" -r scripts/requirements-torch.txt >&2; then
             echo "The tested torch is not on this index; taking what pyproject.toml allows." >&2
         fi
-        "${pip[@]}" -e ".[$extras]"
+        "${pip[@]}" -e ".[$extras]" >&2
         echo "$wanted" >"$stamp"
     fi
     PATH=$(cd "$venv" && pwd)/bin:$PATH

@@ -21,7 +21,7 @@ def test_eval_finds_the_recipe_by_its_checksum_and_puts_the_baselines_beside(pic
     scores = json.loads(out.read_text())
     assert scores["baselines"]["finetuned"]["known_task_accuracy"] == 0.75
     assert scores["normalized_joint_accuracy"] == pytest.approx(scores["joint_accuracy"] / 0.75)
-    assert "Share of fine-tuned" in done.stdout
+    assert "Of fine-tuned" in done.stdout
     given = run("eval", "--bundle", bundle, "--data", data, "--recipe", recipe, "--json", out)
     assert given.exit_code == 0
     assert json.loads(out.read_text()) == scores
