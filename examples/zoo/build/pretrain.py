@@ -71,7 +71,7 @@ class PretrainSettings:
     warmup: int = 250
     weight_decay: float = 0.05
     patch_dropout: float = 0.5
-    whole_from: float = 0.93
+    whole_from: float = 0.86
     shape_weight: float = 3.0
     seed: int = 0
 
