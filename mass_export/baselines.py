@@ -34,6 +34,7 @@ DEFAULT_COEFFICIENT = 0.3
 COEFFICIENTS = tuple(step / 10 for step in range(1, 11))
 COEFFICIENT_IMAGES = 100  # validation images per task that the choice looks at
 
+TSVM = MergeSettings(base_merge="tsvm", compose="tsvm", vectors="mean", head_choice="max")
 LABELS = {
     "finetuned": "Fine-tuned models, one per task",
     "base": "Pretrained base",
@@ -184,7 +185,7 @@ def tsvm_recipe(recipe: Recipe) -> Recipe:
     ratio = 1 / len(recipe.tasks)
     tasks = tuple(dataclasses.replace(task, rank_ratio=ratio, rank=None) for task in recipe.tasks)
     return dataclasses.replace(
-        recipe, tasks=tasks, rank_ratio=ratio, rank=None, merge=MergeSettings(), base_merge_file=None
+        recipe, tasks=tasks, rank_ratio=ratio, rank=None, merge=TSVM, base_merge_file=None
     )
 
 
