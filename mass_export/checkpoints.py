@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mass_export.checkpoint_folder import open_checkpoint
 from mass_export.errors import (
     CheckpointFormatError,
     CheckpointKeyError,
@@ -16,8 +17,8 @@ from mass_export.errors import (
     CheckpointValueError,
     shortened,
 )
+from mass_export.hf_layout import PROJECTION, HuggingFaceLayout, check_config, open_clip_layout
 from mass_export.spec import VisionSpec
-from mass_export.tensor_files import open_tensors
 
 # What training code puts before a name: DataParallel, torch.compile, CLIP classes, image encoders.
 _PREFIX = re.compile(r"(?:(?:module|_orig_mod|model|image_encoder|encoder)\.)*(?:visual\.)?")
@@ -32,11 +33,20 @@ _TEXT = re.compile(
 _TEXT_TOWER = re.compile(r"transformer\..+|positional_embedding")
 
 
-def load_checkpoint(path: Path, vision: VisionSpec) -> dict[str, Tensor]:
-    """Load a vision tower from safetensors or a torch state dict, of a tower alone or of a whole CLIP.
+def load_checkpoint(
+    path: Path, vision: VisionSpec, *, allow_pickle: bool = False, base: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Load a vision tower, alone or of a whole CLIP, from a file or a folder in open_clip's or Hugging Face's layout.
 
     The prefixes `visual.`, `model.visual.`, `module.visual.`, `image_encoder.model.visual.` and the like are
     stripped, and a text tower is left out.
+
+    Args:
+        path: safetensors, a torch state dict, TorchScript, an index of shards, or a folder with one of them.
+        vision: what the tower must be.
+        allow_pickle: also take the parameters of pickled modules.
+        base: parameters of the base. A Hugging Face `CLIPVisionModel` has no projection and cannot have changed
+            it: it takes the base's.
 
     Returns:
         the parameters of `vision.parameter_shapes()`, in that order, float32 on the CPU, all finite.
@@ -46,9 +56,20 @@ def load_checkpoint(path: Path, vision: VisionSpec) -> dict[str, Tensor]:
         CheckpointKeyError: tensors are missing or unexpected.
         CheckpointShapeError: tensors have other shapes than the model's.
         CheckpointValueError: tensors are not floating point, or hold NaN or infinity.
+        ModelConfigError: a folder's config.json contradicts `vision`.
     """
-    tensors = open_tensors(path)
     where = str(path)
+    tensors = open_clip_layout(open_checkpoint(path, allow_pickle=allow_pickle), where)
+    if isinstance(tensors, HuggingFaceLayout):
+        if path.is_dir():
+            check_config(path, vision)
+        if PROJECTION not in tensors:
+            if base is None:
+                raise CheckpointFormatError(
+                    f"{where}: a vision model without its projection (visual_projection.weight), which only a "
+                    "fine-tuned checkpoint may lack; give the CLIPModel or CLIPVisionModelWithProjection."
+                )
+            tensors = dict(tensors) | {PROJECTION: base["proj"]}
     shapes = vision.parameter_shapes()
     prefix = _tower_prefix(tensors, where)
     tower = {

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
+import warnings
 import zipfile
+from types import SimpleNamespace
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +19,7 @@ from mass_export.errors import (
     CheckpointShapeError,
     CheckpointValueError,
 )
+from mass_export.tensor_files import PickledModuleWarning
 
 
 @pytest.fixture
@@ -22,12 +27,36 @@ def tower(pico_tower):
     return pico_tower(0)
 
 
+class ImageEncoder(torch.nn.Module):
+    """As the papers on merging pickle it."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.model = clip
+        self.cache_dir = None
+        self.preprocess = torch.nn.functional.gelu
+
+
+@pytest.fixture
+def pico_clip(pico_model_config):
+    torch.manual_seed(3)
+    return open_clip.CLIP(**pico_model_config)
+
+
+def vision_of(clip):
+    return {
+        name.removeprefix("visual."): tensor
+        for name, tensor in clip.state_dict().items()
+        if name.startswith("visual.")
+    }
+
+
 def prefixed(tower, prefix):
     return {prefix + name: tensor for name, tensor in tower.items()}
 
 
 def same(loaded, tower):
-    assert list(loaded) == list(tower)
+    assert set(loaded) == set(tower)
     return all(torch.equal(loaded[name], tensor) for name, tensor in tower.items())
 
 
@@ -181,10 +210,73 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, pico_vision, m
     assert not mark.exists()
 
 
-def test_a_pickled_module_is_refused(tmp_path, pico_vision):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
-    with pytest.raises(CheckpointFormatError, match=r"such as a whole module.*state_dict\(\)"):
+def write_module(module, path, kind):
+    if kind in ("zip", "legacy"):
+        torch.save(module, path, _use_new_zipfile_serialization=kind == "zip")
+    elif kind == "nested":
+        torch.save({"state_dict": module, "epoch": 3}, path)
+    else:
+        path.write_bytes(pickle.dumps(module, protocol=int(kind[-1])))
+
+
+MODULE_KINDS = ["zip", "legacy", "nested", "pickle 2", "pickle 4", "pickle 5"]
+
+
+@pytest.mark.parametrize("kind", MODULE_KINDS)
+def test_a_pickled_module_is_refused_with_the_option_that_takes_it(tmp_path, pico_vision, pico_clip, kind):
+    write_module(pico_clip, tmp_path / "module.pt", kind)
+    with pytest.raises(
+        CheckpointFormatError, match=r"whole module.*not executed.*state_dict\(\).*--allow-pickle"
+    ):
         load_checkpoint(tmp_path / "module.pt", pico_vision)
+
+
+@pytest.mark.parametrize("kind", MODULE_KINDS)
+def test_with_allow_pickle_a_modules_parameters_are_taken_with_a_warning(
+    tmp_path, pico_vision, pico_clip, kind
+):
+    write_module(ImageEncoder(pico_clip), tmp_path / "module.pt", kind)
+    with pytest.warns(PickledModuleWarning, match="no code of them ran"):
+        loaded = load_checkpoint(tmp_path / "module.pt", pico_vision, allow_pickle=True)
+    assert same(loaded, vision_of(pico_clip))
+
+
+def test_a_pickled_module_needs_no_code_to_be_read(tmp_path, pico_vision, pico_clip, monkeypatch):
+    module = ImageEncoder(pico_clip)
+    monkeypatch.setattr(ImageEncoder, "__module__", "src.modeling")
+    for name in ("src", "src.modeling"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(ImageEncoder=ImageEncoder))
+    torch.save(module, tmp_path / "module.pt")
+    monkeypatch.delitem(sys.modules, "src.modeling")
+    monkeypatch.delitem(sys.modules, "src")
+    with pytest.warns(PickledModuleWarning):
+        loaded = load_checkpoint(tmp_path / "module.pt", pico_vision, allow_pickle=True)
+    assert same(loaded, vision_of(pico_clip))
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle 4"])
+def test_not_even_allow_pickle_runs_what_a_pickle_asks_for(tmp_path, pico_vision, tower, monkeypatch, kind):
+    mark = tmp_path / "mark"
+    monkeypatch.setenv("HOSTILE_MARK", str(mark))
+    write_module({**tower, "hostile": Hostile()}, tmp_path / "hostile.pt", kind)
+    with pytest.warns(PickledModuleWarning):
+        assert same(load_checkpoint(tmp_path / "hostile.pt", pico_vision, allow_pickle=True), tower)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02" + b"ctorch._utils\n_rebuild_tensor_v2\n" + b"(K\x01K\x02tR.",
+        b"\x80\x02}q\x00(X\x01\x00\x00\x00acbuiltins\nlist\nN}u\x86b.",
+        b"\x80\x02r\xff\xff\xff\x7f.",  # a memo index that would reserve gigabytes
+        b"\x80\x02(" * 100,
+    ],
+)
+def test_malformed_pickles_are_refused_even_with_allow_pickle(tmp_path, pico_vision, content):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(CheckpointFormatError, match=r"damaged torch file|no named tensors"):
+        load_checkpoint(tmp_path / "a", pico_vision, allow_pickle=True)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
@@ -240,11 +332,25 @@ def test_compressed_archives_are_refused_before_they_are_unpacked(tmp_path, pico
         load_checkpoint(tmp_path / "a", pico_vision)
 
 
-def test_torchscript_archives_are_refused(tmp_path, pico_vision):
+def test_the_parameters_of_a_torchscript_archive_are_read_and_its_code_is_not_run(
+    tmp_path, pico_vision, pico_clip
+):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is on its way out
+        inputs = {"encode_image": torch.zeros(1, 3, 16, 16)}
+        torch.jit.save(torch.jit.trace_module(pico_clip, inputs), tmp_path / "clip.pt")
+    with zipfile.ZipFile(tmp_path / "clip.pt") as archive, zipfile.ZipFile(tmp_path / "b.pt", "w") as copy:
+        for member in archive.infolist():  # whatever its code says
+            copy.writestr(member.filename, b"!" if "/code/" in member.filename else archive.read(member))
+    assert same(load_checkpoint(tmp_path / "clip.pt", pico_vision), vision_of(pico_clip))
+    assert same(load_checkpoint(tmp_path / "b.pt", pico_vision), vision_of(pico_clip))
+
+
+def test_a_damaged_torchscript_archive_is_refused(tmp_path, pico_vision):
     with zipfile.ZipFile(tmp_path / "a", "w") as archive:
         archive.writestr("archive/data.pkl", b"")
         archive.writestr("archive/constants.pkl", b"")
-    with pytest.raises(CheckpointFormatError, match="TorchScript"):
+    with pytest.raises(CheckpointFormatError, match="damaged torch file"):
         load_checkpoint(tmp_path / "a", pico_vision)
 
 
@@ -258,5 +364,10 @@ def test_files_without_named_tensors_are_refused(tmp_path, pico_vision, data):
 def test_missing_files_and_directories_are_named(tmp_path, pico_vision):
     with pytest.raises(CheckpointFormatError, match=r"none\.pt: no such file"):
         load_checkpoint(tmp_path / "none.pt", pico_vision)
-    with pytest.raises(CheckpointFormatError, match="cannot be read"):
+    with pytest.raises(
+        CheckpointFormatError, match=r"a folder without model\.safetensors, .*name the weights"
+    ):
         load_checkpoint(tmp_path, pico_vision)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointFormatError, match="cannot be read"):
+        load_checkpoint(tmp_path / "loop", pico_vision)

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mass_export.low_rank import LowRank, factorize
@@ -16,6 +16,7 @@ def random_factors(seed: int, shape: tuple[int, int] = (12, 10), rank: int = 3) 
     return factorize(torch.randn(shape, generator=generator, dtype=torch.float64), rank)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31))
 def test_polar_factor_of_a_stack_is_orthonormal_and_nearest(seed: int) -> None:
     stack = torch.randn(9, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -75,3 +76,27 @@ def test_isotropic_has_one_singular_value_the_mean() -> None:
     total = torch.randn(6, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     values = torch.linalg.svdvals(merge_isotropic(total))
     torch.testing.assert_close(values, torch.linalg.svdvals(total).mean().expand(4), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(300, 150), (150, 300), (150, 150)])
+@pytest.mark.parametrize("smallest", [1e-1, 2e-3, 2e-4, 1e-6])
+def test_the_polar_factor_of_a_large_stack_equals_that_by_full_decomposition(
+    shape: tuple[int, int], smallest: float
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, 150, generator=generator, dtype=torch.float64))[0] for size in shape
+    )
+    sigma = torch.linspace(1, 0, 150).double() * (1 - smallest) + smallest
+    sigma[sigma < 1e-3] = smallest
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IllConditionedWarning)
+        factor = polar_factor((left * sigma) @ right.T)
+    expected = (left * (sigma > 1e-4 * sigma[0])) @ right.T
+    torch.testing.assert_close(factor, expected, rtol=0, atol=1e-7)
+    large = torch.linalg.svdvals(factor)
+    assert ((large - large.round()).abs() < 1e-9).all()
+
+
+def test_a_large_stack_of_zeros_has_a_zero_polar_factor() -> None:
+    assert not polar_factor(torch.zeros(200, 140)).any()
