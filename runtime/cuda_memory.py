@@ -6,6 +6,7 @@ stream orders the old use before the new one.
 
 from __future__ import annotations
 
+import heapq
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -142,7 +143,7 @@ class CudaMemory:
             if self._closed:
                 self._release(address)
             else:
-                self._free.setdefault((pinned, nbytes), []).append(address)
+                heapq.heappush(self._free.setdefault((pinned, nbytes), []), address)
 
     def close(self) -> None:
         """Wait for the stream and free everything; buffers still in use are freed when they are given back."""
@@ -160,7 +161,8 @@ class CudaMemory:
         size = max(SMALLEST_BYTES, 1 << max(nbytes - 1, 0).bit_length())
         with self.lock:
             kept = self._free.get((pinned, size))
-            address = kept.pop() if kept else self._allocate(size, pinned=pinned)
+            # The lowest address first: equal sequences get equal buffers, which lets CUDA graphs be used again.
+            address = heapq.heappop(kept) if kept else self._allocate(size, pinned=pinned)
         return Buffer(self, address, size, pinned=pinned)
 
     def _allocate(self, size: int, *, pinned: bool) -> int:
