@@ -49,7 +49,7 @@ class FinetuneSettings:
         augmentation: what keeps the labels
     """
 
-    steps: int = 1200
+    steps: int = 800
     batch: int = 64
     peak_lr: float = 1e-3
     warmup: int = 100
@@ -60,13 +60,13 @@ class FinetuneSettings:
 
 
 SETTINGS = {
-    "mnist": FinetuneSettings(steps=1000, augmentation=Augmentation(rotate=10, shear=0.12, erase=0, brightness=0.1)),
-    "fashion": FinetuneSettings(steps=900, augmentation=Augmentation(rotate=4, mirror=True, zoom=(0.9, 1.15))),
-    "animals": FinetuneSettings(steps=1000, augmentation=Augmentation(rotate=10, mirror=True, zoom=(0.85, 1.25))),
-    "letters": FinetuneSettings(steps=1200, augmentation=Augmentation(rotate=8, shear=0.12, erase=0)),
-    "icons": FinetuneSettings(steps=1000, augmentation=Augmentation(rotate=6, erase=0.1)),
+    "mnist": FinetuneSettings(steps=700, augmentation=Augmentation(rotate=10, shear=0.12, erase=0, brightness=0.1)),
+    "fashion": FinetuneSettings(steps=600, augmentation=Augmentation(rotate=4, mirror=True, zoom=(0.9, 1.15))),
+    "animals": FinetuneSettings(steps=800, augmentation=Augmentation(rotate=10, mirror=True, zoom=(0.85, 1.25))),
+    "letters": FinetuneSettings(steps=1000, augmentation=Augmentation(rotate=8, shear=0.12, erase=0)),
+    "icons": FinetuneSettings(steps=900, augmentation=Augmentation(rotate=6, erase=0.1)),
     "flags": FinetuneSettings(
-        steps=1000, augmentation=Augmentation(
+        steps=900, augmentation=Augmentation(
             zoom=(0.75, 1.3), stretch=0.25, rotate=10, shear=0.1, shift=0.1, brightness=0.3, saturation=0.3, hue=8
         )
     ),
@@ -77,12 +77,14 @@ SETTINGS = {
         )
     ),
     "sprites": FinetuneSettings(
-        steps=900, augmentation=Augmentation(zoom=(0.8, 1.3), mirror=True, saturation=0.2, hue=6, brightness=0.25)
+        steps=800, augmentation=Augmentation(zoom=(0.8, 1.3), mirror=True, saturation=0.2, hue=6, brightness=0.25)
     ),
     "cards": FinetuneSettings(
-        steps=700, augmentation=Augmentation(zoom=(0.85, 1.25), rotate=5, saturation=0.3, hue=15, grey=0.1, brightness=0.25)
+        steps=700, augmentation=Augmentation(
+            zoom=(0.85, 1.25), rotate=5, saturation=0.3, hue=15, grey=0.1, brightness=0.25
+        )
     ),
-    "emoji": FinetuneSettings(steps=900, augmentation=Augmentation(mirror=True, saturation=0.2, hue=8)),
+    "emoji": FinetuneSettings(steps=700, augmentation=Augmentation(mirror=True, saturation=0.2, hue=8)),
 }  # fmt: skip
 
 

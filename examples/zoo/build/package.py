@@ -64,6 +64,7 @@ def package_zoo(arrays: Mapping[str, TaskArrays], base_file: Path, trained: Path
         report[task] = _accuracies(json.loads(results.read_text(encoding="utf-8")), images)
         report[task] |= _sample_accuracies(zoo, task, checkpoint, head)
     save_file(heads, zoo / "heads.safetensors", metadata={"format": "pt"})
+    (zoo / "heads.safetensors").chmod(0o644)
     (zoo / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for name, tasks in (("core", CORE), ("hard", HARD)):
         (zoo / f"{name}.yaml").write_text(recipe(tasks), encoding="utf-8")

@@ -41,6 +41,7 @@ def save_tower(tower: VisionTransformer, path: Path) -> None:
     tensors = {PREFIX + name: value.half().contiguous() for name, value in tower.state_dict().items()}
     partial = path.with_name(f".{path.name}.partial")
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors writes files that only their owner may read
     partial.replace(path)
 
 
