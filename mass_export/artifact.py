@@ -11,7 +11,8 @@ The header's metadata holds `format`, `schema_version` and `info` (an `ArtifactI
     calibration.offset|scale             mean and spread of each task's residual at each tap: [L, T]; optional
     calibration.weight|bias              linear discriminant: [T, D], [T]; optional
 
-Tensors are float32, float16 or bfloat16 in the file, and float32 once read. Equal artifacts give equal bytes.
+Tensors are float32, float16 or bfloat16 in the file, or encoded (`mass_export.factor_storage`), and float32 once
+read. Equal artifacts give equal bytes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from mass_export.artifact_header import info_from_metadata, metadata_from_info
 from mass_export.errors import ArtifactError, shortened
+from mass_export.factor_storage import Storage, decode, encode
 from mass_export.heads import Head
 from mass_export.low_rank import LowRank
 from mass_export.safetensors_writer import write_safetensors
@@ -101,8 +103,8 @@ def check_destination(path: Path, inputs: Iterable[Path]) -> None:
         raise ArtifactError(f"{path}: is an input of the merge; give another name for its result.")
 
 
-def write_artifact(path: Path, artifact: Artifact) -> None:
-    """Check and write an artifact, all or nothing.
+def write_artifact(path: Path, artifact: Artifact, storage: Storage | None = None) -> None:
+    """Check and write an artifact, all or nothing; `storage` says in how many bits, float32 unless given.
 
     Raises:
         ArtifactError: the tensors do not fit the header, or the file cannot be written.
@@ -110,6 +112,8 @@ def write_artifact(path: Path, artifact: Artifact) -> None:
     tensors = _tensors_from_artifact(artifact)
     _check_layout(tensors, artifact.info, str(path))
     _check_values(tensors, str(path))
+    if storage is not None:
+        tensors = encode(tensors, storage)
     try:
         write_safetensors(path, tensors, metadata_from_info(artifact.info))
     except OSError as error:
@@ -132,6 +136,7 @@ def read_artifact(path: Path) -> Artifact:
         raise ArtifactError(
             f"{path}: not a complete safetensors file ({error}); copy or merge it again."
         ) from error
+    tensors = decode(tensors, str(path))
     _check_layout(tensors, info, str(path))
     tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
     _check_values(tensors, str(path))

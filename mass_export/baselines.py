@@ -32,7 +32,7 @@ from runtime.bundle import Manifest, PreprocessSpec, sha256_of_file
 # Without validation images: what arXiv 2212.04089 (section 4) found to do well on eight image tasks.
 DEFAULT_COEFFICIENT = 0.3
 COEFFICIENTS = tuple(step / 10 for step in range(1, 11))
-COEFFICIENT_IMAGES = 100  # validation images per task that the choice looks at
+COEFFICIENT_IMAGES = 50  # validation images per task that the choice looks at
 
 TSVM = MergeSettings(base_merge="tsvm", compose="tsvm", vectors="mean", head_choice="max")
 LABELS = {
@@ -99,7 +99,13 @@ def head_accuracy(
 
 
 def evaluate_baselines(
-    recipe: Recipe, data: Path, *, split: str = DEFAULT_SPLIT, choose_on: str = "val", progress: Progress
+    recipe: Recipe,
+    data: Path,
+    *,
+    split: str = DEFAULT_SPLIT,
+    choose_on: str = "val",
+    cache: dict[tuple[Path, str], float] | None = None,
+    progress: Progress,
 ) -> tuple[Baseline, ...]:
     """Accuracy of every baseline on labelled images.
 
@@ -108,6 +114,7 @@ def evaluate_baselines(
         data: directory of labelled images, see `mass_export.datasets`.
         split: to report on.
         choose_on: split on which task arithmetic's coefficient is chosen; without such images it is 0.3.
+        cache: accuracies by checkpoint and task, for recipes that share models, data and split.
         progress: where to show it.
 
     Returns:
@@ -118,6 +125,7 @@ def evaluate_baselines(
     """
     infos = [TaskInfo(task.name, task.classes) for task in recipe.tasks]
     heads = [load_head(t.head, t.name, t.classes, recipe.vision.embed_dim) for t in recipe.tasks]
+    cache = {} if cache is None else cache
     base = load_checkpoint(recipe.base, recipe.vision)
     delta_sum = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in base.items()}
     own: dict[str, float] = {}

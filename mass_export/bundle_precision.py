@@ -52,7 +52,9 @@ def convert_bundle(source: Path, manifest: Manifest, target: Path, precision: Pr
             convert_file(source / spec.file, target, weights, precision)
         matrices = tuple(_half_bases(source, matrix, weights, precision) for matrix in manifest.matrices)
     files = {p.name: FileSpec(p.stat().st_size, sha256_of_file(p)) for p in sorted(target.iterdir())}
-    converted = dataclasses.replace(manifest, matrices=matrices, files=files, precision=precision, engines=())
+    converted = dataclasses.replace(
+        manifest, matrices=matrices, files=files, precision=precision, engines=(), one_task=None
+    )
     (target / MANIFEST_FILE).write_text(json_from_manifest(converted), encoding="utf-8")
     return converted
 

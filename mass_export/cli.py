@@ -298,6 +298,50 @@ def evaluate(
         write_json(json_path, {"bundle": str(bundle), **scores, "baselines": baselines})
 
 
+@main.command(
+    epilog=_example(
+        "mass bench --bundle engines/",
+        "mass bench --bundle engines/ --artifact merged.safetensors --batch 1 --json",
+    )
+)
+@click.option("--bundle", required=True, type=DIRECTORY, help="What `mass export` wrote.")
+@click.option("--artifact", type=FILE, help="What it was exported from, to time PyTorch as well.")
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Images in a call; 1, 8 and 32 by default.",
+)
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(1), help="Timed calls of each.")
+@click.option("--threads", type=click.IntRange(1), help="Threads; every processor by default.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; see mass_export.bench.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
+def bench(
+    bundle: Path,
+    artifact: Path | None,
+    batches: tuple[int, ...],
+    rounds: int,
+    threads: int | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Time a bundle on this CPU, as multiples of a plain CLIP pass.
+
+    All calls take turns in one process; medians are shown with the 10th and 90th percentile.
+    """
+    from mass_export.bench import BenchSettings, bench_bundle, bench_table, json_from_bench  # noqa: PLC0415
+    from mass_export.progress import Progress  # noqa: PLC0415
+
+    settings = BenchSettings(batches=batches or (1, 8, 32), rounds=rounds, threads=threads)
+    result = bench_bundle(bundle, artifact, settings, Progress(quiet=quiet))
+    if as_json:
+        click.echo(json_from_bench(result), nl=False)
+    else:
+        _print_tables(bench_table(result))
+
+
 @main.command(epilog=_example("mass choose-layer examples/zoo/core.yaml --data examples/zoo"))
 @click.argument("recipe", type=FILE)
 @click.option("--data", required=True, type=DIRECTORY, help="Labelled images of every task.")

@@ -22,7 +22,8 @@ def parse_network(onnx_file: Path, builder: Any, tensorrt: TensorRt, log: Any) -
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx_file)):
-        faults = [str(parser.get_error(i).desc()) for i in range(parser.num_errors)]
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        faults = [f"{e.node_operator()} node {e.node_name()!r}: {e.desc()}" for e in errors]
         raise EngineError(f"{onnx_file}: {tensorrt.flavour} cannot read the graph: {shortened(faults, 3)}")
     return network, parser
 

@@ -59,6 +59,10 @@ class CheckpointValueError(CheckpointError, ValueError):
     """A tensor holds NaN or infinite values, or is not floating point."""
 
 
+class HubError(MassExportError, OSError):
+    """A repository of the hub cannot be fetched, and is not in its cache."""
+
+
 class HeadError(MassExportError, ValueError):
     """A head does not fit its classes or the model's embedding."""
 

@@ -1,4 +1,4 @@
-"""Head files -> one linear head per task."""
+"""Head files, or class names -> one linear head per task."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mass_export.checkpoints import float32_parameters
 from mass_export.errors import CheckpointError, HeadError, shortened
-from mass_export.recipe import HeadRecipe
+from mass_export.recipe_sources import HeadRecipe
 from mass_export.tensor_files import open_tensors
+from mass_export.zero_shot_heads import zero_shot_weight
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,19 @@ class Head:
 
 
 def load_head(recipe: HeadRecipe, task: str, classes: Sequence[str], embed_dim: int) -> Head:
-    """Load a task's head and check it against its classes and the width E of the image feature.
+    """Load or make a task's head and check it against its classes and the width E of the image feature.
 
     Raises:
         HeadError: the file or a tensor is missing, or a shape or value does not fit.
     """
     where = f"task {task}: head: {recipe.file}"
+    if recipe.prompts is not None:
+        weight = zero_shot_weight(recipe.file, recipe.prompts, where, allow_pickle=recipe.allow_pickle)
+        _check_shape(where, weight, (len(classes), embed_dim))
+        return Head(weight)
     wanted = [recipe.tensor] if recipe.bias is None else [recipe.tensor, recipe.bias]
     try:
-        tensors = open_tensors(recipe.file)
+        tensors = open_tensors(recipe.file, allow_pickle=recipe.allow_pickle)
         found = float32_parameters({name: tensors[name] for name in wanted if name in tensors}, where)
     except CheckpointError as error:
         message = str(error)

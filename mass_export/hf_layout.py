@@ -55,7 +55,7 @@ class HuggingFaceLayout(Mapping[str, Tensor]):
         self._sources: dict[str, tuple[str, ...]] = {}
         parts: dict[str, dict[str, str]] = {}
         for name in tensors:
-            target = _target(name, outer, inner)
+            target = open_clip_target(name, outer, inner)
             if target is None:
                 continue
             fused, part = target
@@ -98,7 +98,7 @@ def open_clip_layout(tensors: Mapping[str, Tensor], where: str) -> Mapping[str, 
     return HuggingFaceLayout(tensors, anchors[0]["outer"], anchors[0]["inner"] or "")
 
 
-def _target(name: str, outer: str, inner: str) -> tuple[str, str] | None:
+def open_clip_target(name: str, outer: str = "", inner: str = "vision_model.") -> tuple[str, str] | None:
     """open_clip's name of a tensor, and which part of it (q, k, v or all, ""); None for what is dropped."""
     if not name.startswith(outer):
         return name, ""

@@ -17,8 +17,9 @@ from mass_export.engine_settings import EngineSettings
 from mass_export.errors import ExportError
 from mass_export.first_pass import add_first_pass
 from mass_export.graph import Graph
+from mass_export.one_task import write_one_task
 from mass_export.progress import Progress
-from mass_export.second_pass import AdaptiveLayers, add_second_pass, store_bases
+from mass_export.second_pass import AdaptiveLayers, add_second_pass, store_bases, store_vectors
 from mass_export.verify import verify_bundle
 from mass_export.vit_graph import Layers
 from mass_export.weights_file import WeightsFile
@@ -31,9 +32,11 @@ from runtime.bundle import (
     FileSpec,
     Manifest,
     MatrixBases,
+    OneTaskSpec,
     PassSpec,
     RouterSpec,
     TaskSpec,
+    VectorTables,
     json_from_manifest,
     sha256_of_file,
 )
@@ -96,8 +99,18 @@ def write_bundle(artifact: Artifact, artifact_path: Path, directory: Path, progr
     """Write graphs, weights and manifest into an empty directory."""
     with WeightsFile(directory / WEIGHTS_FILE) as weights:
         first = _write_first_pass(artifact, weights, directory)
-        second, bases = _write_second_pass(artifact, weights, directory, progress)
-    manifest = _manifest(artifact, artifact_path, {FIRST_PASS: first, SECOND_PASS: second}, bases, directory)
+        names = artifact.info.vision.matrix_names()
+        bases = {
+            name: store_bases(weights, artifact.tasks, name)
+            for name in progress.track(names, "Stacking bases")
+        }
+        tables = None
+        if artifact.info.merge.vectors == "mean":
+            tables = store_vectors(weights, artifact.info.vision, artifact.base, artifact.tasks)
+        second = _write_second_pass(artifact, weights, directory, bases, tables)
+        one_task = write_one_task(artifact, weights, directory, bases, tables)
+    passes = {FIRST_PASS: first, SECOND_PASS: second}
+    manifest = _manifest(artifact, artifact_path, passes, bases, one_task, directory)
     (directory / MANIFEST_FILE).write_text(json_from_manifest(manifest), encoding="utf-8")
     return manifest
 
@@ -120,23 +133,19 @@ def _write_first_pass(artifact: Artifact, weights: WeightsFile, directory: Path)
 
 
 def _write_second_pass(
-    artifact: Artifact, weights: WeightsFile, directory: Path, progress: Progress
-) -> tuple[PassSpec, dict[str, MatrixBases]]:
-    names = artifact.info.vision.matrix_names()
-    bases = {
-        name: store_bases(weights, artifact.tasks, name) for name in progress.track(names, "Stacking bases")
-    }
+    artifact: Artifact,
+    weights: WeightsFile,
+    directory: Path,
+    bases: dict[str, MatrixBases],
+    tables: VectorTables | None,
+) -> PassSpec:
     graph = Graph(SECOND_PASS, weights)
     pixel_values = _pixel_values(graph, artifact)
-    layers = AdaptiveLayers(
-        graph, artifact.info.vision, artifact.base, artifact.tasks, artifact.info.merge, bases
-    )
+    layers = AdaptiveLayers(graph, artifact.info.vision, artifact.base, artifact.info.merge, bases, tables)
     logits = add_second_pass(layers, artifact.heads, pixel_values)
     classes = sum(len(task.classes) for task in artifact.info.tasks)
     shape: list[int | str] = ["B", classes]
-    return graph.save(
-        directory / f"{SECOND_PASS}.onnx", {"logits": (logits, shape)}, mass_export.__version__
-    ), bases
+    return graph.save(directory / f"{SECOND_PASS}.onnx", {"logits": (logits, shape)}, mass_export.__version__)
 
 
 def _manifest(
@@ -144,6 +153,7 @@ def _manifest(
     artifact_path: Path,
     passes: dict[str, PassSpec],
     bases: dict[str, MatrixBases],
+    one_task: OneTaskSpec,
     directory: Path,
 ) -> Manifest:
     info = artifact.info
@@ -178,6 +188,7 @@ def _manifest(
         compose=info.merge.compose,
         passes=passes,
         matrices=tuple(bases.values()),
+        one_task=one_task,
         files={
             path.name: FileSpec(path.stat().st_size, sha256_of_file(path))
             for path in sorted(directory.iterdir())

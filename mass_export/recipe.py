@@ -2,7 +2,8 @@
 
     model: model_config.json        # an open_clip model name, or a path to its JSON config
     base: base.safetensors
-    rank_ratio: 0.125               # default 1/T; or `rank: N`
+    rank_ratio: 0.125               # default 1/T; or `rank: N`; or `rank_budget: 0.1`, allotted by energy
+    patch_embed: full               # full | low_rank; how the artifact stores the deltas of conv1
     base_merge: tsvm                # tsvm | isotropic | mean | zeroshot | {file: merged.safetensors}
     compose: tsvm                   # tsvm | sum
     sum_weights: uniform            # uniform | gates; for compose: sum
@@ -15,8 +16,12 @@
         head: {file: heads.safetensors, tensor: cars.weight, bias: cars.bias}    # bias optional
         classes: [suv, sedan]       # or a text file, one class a line
         rank_ratio: 0.25            # optional; or `rank: N`
+      - name: pets
+        adapter: pets_lora          # folder of a PEFT LoRA adapter, instead of a checkpoint
+        head: {classes: pets.txt, templates: openai}    # zero-shot; templates: openai, a file, or a list
 
-Paths are relative to the recipe. Only model, base and tasks are required.
+Paths are relative to the recipe. A checkpoint is a file, a folder, or a repository of the hub, `hf:org/name` or
+`hf:org/name@revision`. Only model, base and tasks are required.
 """
 
 from __future__ import annotations
@@ -29,33 +34,38 @@ from typing import Any
 
 import yaml
 
-from mass_export.checks import checked_mapping, is_int, is_real, require
+from mass_export.checks import checked_mapping, is_int, is_real, require, require_choice
 from mass_export.errors import RecipeError
 from mass_export.model_config import load_model_config, preprocess_spec_from_config, vision_spec_from_config
+from mass_export.recipe_sources import (
+    HeadRecipe,
+    checkpoint_source,
+    file_source,
+    head_recipe,
+    lines_of,
+    text,
+    zero_shot_head_recipe,
+)
 from mass_export.router_spec import RouterSettings, default_routing_layer
-from mass_export.spec import MergeSettings, TaskInfo, VisionSpec
+from mass_export.spec import MergeSettings, PatchEmbed, TaskInfo, VisionSpec
 from runtime.bundle import PreprocessSpec
 
 MAX_RECIPE_BYTES = 8 << 20
 
 _MERGE_KEYS = tuple(field.name for field in dataclasses.fields(MergeSettings))
 _RANK_KEYS = ("rank_ratio", "rank")
-_TOP_KEYS = ("model", "base", *_RANK_KEYS, *_MERGE_KEYS, "router", "tasks")
-_TASK_KEYS = ("name", "checkpoint", "head", "classes", *_RANK_KEYS)
-
-
-@dataclass(frozen=True)
-class HeadRecipe:
-    """Where a head lies: a file, and the names of its tensors in it."""
-
-    file: Path
-    tensor: str
-    bias: str | None = None
+_TOP_KEYS = ("model", "base", *_RANK_KEYS, "rank_budget", "patch_embed", *_MERGE_KEYS, "router", "tasks")
+_TASK_KEYS = ("name", "checkpoint", "adapter", "head", "classes", *_RANK_KEYS)
 
 
 @dataclass(frozen=True)
 class TaskRecipe:
-    """One task. `rank_ratio` or `rank` is the one in force: the task's own, else the recipe's."""
+    """One task. `rank_ratio` or `rank` is the one in force: the task's own, else the recipe's.
+
+    Attributes:
+        checkpoint: file or folder of the fine-tuned model, or folder of an adapter.
+        is_adapter: which of the two.
+    """
 
     name: str
     checkpoint: Path
@@ -63,6 +73,7 @@ class TaskRecipe:
     classes: tuple[str, ...]
     rank_ratio: float | None
     rank: int | None
+    is_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,9 @@ class Recipe:
         model_config: open_clip's model config, parsed.
         rank_ratio: 1/T unless given; None where `rank` is given.
         base_merge_file: merged checkpoint of the first pass, for `base_merge: {file: ..}`.
+        rank_budget: the ratio whose number of parameters is allotted to the matrices by energy, or None.
+        patch_embed: how the artifact stores the deltas of conv1.
+        allow_pickle: whether pickled modules are read.
     """
 
     path: Path
@@ -87,6 +101,9 @@ class Recipe:
     merge: MergeSettings
     base_merge_file: Path | None
     router: RouterSettings
+    rank_budget: float | None = None
+    patch_embed: PatchEmbed = "full"
+    allow_pickle: bool = False
 
     def inputs(self) -> tuple[Path, ...]:
         """Every file that the merge reads."""
@@ -110,29 +127,42 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe.
+def load_recipe(path: Path, *, allow_pickle: bool = False) -> Recipe:
+    """Read and check a recipe; repositories of the hub are fetched, unless they are in its cache.
+
+    Args:
+        path: a YAML file.
+        allow_pickle: also take the parameters of pickled modules.
 
     Raises:
         RecipeError: the recipe cannot be read, or a key is unknown, missing or invalid; it is named.
         ModelConfigError: the model is unknown or not supported.
+        HubError: a repository cannot be fetched.
     """
     data = _parse(path)
     try:
         top = checked_mapping(data, _TOP_KEYS, "recipe", required=("model", "base", "tasks"))
-        config, preprocess, where = load_model_config(_text(top["model"], "model"), path.parent)
+        config, preprocess, where = load_model_config(text(top["model"], "model"), path.parent)
         vision = vision_spec_from_config(config, where)
         entries = top["tasks"]
         require(
             isinstance(entries, list) and bool(entries), f"tasks: expected a list of tasks, got {entries!r}."
         )
-        rank_ratio, rank = _rank(top, "", (1 / len(entries), None))
-        tasks = tuple(_task(entry, index, path, (rank_ratio, rank)) for index, entry in enumerate(entries))
+        rank_budget = _rank_budget(top)
+        rank_ratio, rank = _rank(top, "", (rank_budget or 1 / len(entries), None))
+        base = checkpoint_source(top["base"], "base", path)
+        settings = _Shared(path, base, config, (rank_ratio, rank), allow_pickle)
+        tasks = tuple(_task(entry, index, settings) for index, entry in enumerate(entries))
         names = [task.name for task in tasks]
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"tasks: the name(s) {', '.join(twice)} are given twice; rename one of them.")
         merge, base_merge_file = _merge_settings(top, path)
-        base = _file(top["base"], "base", path)
+        patch_embed: Any = top.get("patch_embed") or "full"
+        require_choice("patch_embed", patch_embed, PatchEmbed)
+        require(
+            rank_budget is None or not any(set(_RANK_KEYS) & set(entry) for entry in entries),
+            "rank_budget: allots the ranks of all tasks; leave out rank and rank_ratio of single tasks.",
+        )
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
     return Recipe(
@@ -147,6 +177,9 @@ def load_recipe(path: Path) -> Recipe:
         merge=merge,
         base_merge_file=base_merge_file,
         router=_router_settings(top, vision.layers, path),
+        rank_budget=rank_budget,
+        patch_embed=patch_embed,
+        allow_pickle=allow_pickle,
     )
 
 
@@ -174,45 +207,63 @@ def _parse(path: Path) -> object:
         raise RecipeError(f"{path}: not YAML text; give the path of a recipe.") from error
 
 
-def _task(entry: object, index: int, path: Path, rank: tuple[float | None, int | None]) -> TaskRecipe:
-    key = f"tasks[{index}]"
+@dataclass(frozen=True)
+class _Shared:
+    """What every task's entry is read with."""
+
+    path: Path
+    base: Path
+    config: dict[str, Any]
+    rank: tuple[float | None, int | None]
+    allow_pickle: bool
+
+
+def _task(entry: object, index: int, shared: _Shared) -> TaskRecipe:
+    key, path = f"tasks[{index}]", shared.path
     if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
         key += f" ({entry['name']})"
-    data = checked_mapping(entry, _TASK_KEYS, key, required=("name", "checkpoint", "head", "classes"))
-    head = checked_mapping(
-        data["head"], ("file", "tensor", "bias"), f"{key}.head", required=("file", "tensor")
+    data = checked_mapping(entry, _TASK_KEYS, key, required=("name", "head"))
+    sources = [kind for kind in ("checkpoint", "adapter") if data.get(kind) is not None]
+    require(bool(sources), f"{key}: missing key(s) checkpoint (or adapter).")
+    require(len(sources) == 1, f"{key}: checkpoint and adapter: give one of them, not both.")
+    prompts = (
+        isinstance(data["head"], Mapping) and "file" not in data["head"] and "tensor" not in data["head"]
     )
-    bias = head.get("bias")
+    classes = data["head"].get("classes") if prompts and data.get("classes") is None else data.get("classes")
+    require(classes is not None, f"{key}: missing key(s) classes.")
     try:
-        info = TaskInfo(_text(data["name"], "name"), _classes(data["classes"], f"{key}.classes", path))
+        info = TaskInfo(text(data["name"], "name"), lines_of(classes, f"{key}.classes", path, "class"))
     except RecipeError as error:
         raise RecipeError(str(error) if key in str(error) else f"{key}: {error}") from error
-    rank_ratio, fixed_rank = _rank(data, f"{key}.", rank)
+    rank_ratio, fixed_rank = _rank(data, f"{key}.", shared.rank)
+    if prompts:
+        head = zero_shot_head_recipe(
+            data["head"], f"{key}.head", path, shared.base, shared.config, info.classes
+        )
+    else:
+        head = head_recipe(data["head"], f"{key}.head", path)
     return TaskRecipe(
         name=info.name,
-        checkpoint=_file(data["checkpoint"], f"{key}.checkpoint", path),
-        head=HeadRecipe(
-            file=_file(head["file"], f"{key}.head.file", path),
-            tensor=_text(head["tensor"], f"{key}.head.tensor"),
-            bias=None if bias is None else _text(bias, f"{key}.head.bias"),
+        checkpoint=checkpoint_source(
+            data[sources[0]], f"{key}.{sources[0]}", path, folder=sources == ["adapter"]
         ),
+        head=dataclasses.replace(head, allow_pickle=shared.allow_pickle),
         classes=info.classes,
         rank_ratio=rank_ratio,
         rank=fixed_rank,
+        is_adapter=sources == ["adapter"],
     )
 
 
-def _classes(value: object, key: str, path: Path) -> tuple[str, ...]:
-    if isinstance(value, list):
-        return tuple(_text(name, f"{key}[{index}]") for index, name in enumerate(value))
-    file = _file(value, key, path)
-    try:
-        lines = file.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{key}: {file} is not a UTF-8 text file with one class a line.") from error
-    empty = [number for number, line in enumerate(lines, start=1) if not line.strip()]
-    require(not empty, f"{key}: {file}: line(s) {empty} are empty; give one class a line.")
-    return tuple(line.strip() for line in lines)
+def _rank_budget(top: Mapping[str, Any]) -> float | None:
+    budget = top.get("rank_budget")
+    if budget is None:
+        return None
+    valid = is_real(budget) and 0 < budget <= 1
+    require(valid, f"rank_budget: expected a number in (0, 1], such as 0.1; got {budget!r}.")
+    given = [key for key in _RANK_KEYS if top.get(key) is not None]
+    require(not given, f"rank_budget and {', '.join(given)}: give one of them.")
+    return float(budget)
 
 
 def _rank(
@@ -238,7 +289,7 @@ def _merge_settings(top: Mapping[str, Any], path: Path) -> tuple[MergeSettings, 
     file = None
     if isinstance(given.get("base_merge"), Mapping):
         nested = checked_mapping(given["base_merge"], ("file",), "base_merge", required=("file",))
-        given["base_merge"], file = "file", _file(nested["file"], "base_merge.file", path)
+        given["base_merge"], file = "file", file_source(nested["file"], "base_merge.file", path)
     elif given.get("base_merge") == "file":
         raise RecipeError("base_merge: write {file: merged.safetensors} to start from a merged checkpoint.")
     return MergeSettings(**given), file
@@ -254,15 +305,3 @@ def _router_settings(top: Mapping[str, Any], layers: int, path: Path) -> RouterS
     if deepest >= layers:
         raise RecipeError(f"{path}: router.layer: expected 0 to {layers - 1} for this model, got {deepest}.")
     return router
-
-
-def _file(value: object, key: str, recipe: Path) -> Path:
-    path = recipe.parent / _text(value, key)
-    require(path.is_file(), f"{key}: no such file: {path} (paths are relative to the recipe).")
-    return path
-
-
-def _text(value: object, key: str) -> str:
-    hint = "; quote it" if isinstance(value, bool | int | float) else ""
-    require(isinstance(value, str) and bool(value.strip()), f"{key}: expected text, got {value!r}{hint}.")
-    return str(value)

@@ -15,7 +15,13 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+}
 _ALIGNMENT = 8
 
 
@@ -24,7 +30,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
     Args:
         path: the file to write or replace; its directory must exist.
-        tensors: floating point, on the CPU.
+        tensors: floating point or int8, on the CPU.
         metadata: goes into the header.
 
     Raises:

@@ -31,7 +31,7 @@ from mass_export.heads import Head
 from mass_export.spec import MergeSettings, VisionSpec
 from mass_export.vit_graph import Layers, bias_name, encode
 from mass_export.weights_file import WeightsFile
-from runtime.bundle import MatrixBases, StoredArray
+from runtime.bundle import MatrixBases, StoredArray, VectorTables
 
 CORE_PREFIX = "cores."
 
@@ -49,6 +49,28 @@ def store_bases(weights: WeightsFile, tasks: Sequence[TaskFactors], name: str) -
     return MatrixBases(name, CORE_PREFIX + name, ranks, weights.add(u_t), weights.add(s), weights.add(vh))
 
 
+def vector_sizes(spec: VisionSpec) -> dict[str, int]:
+    """The 1-D parameters and their sizes, in the order of their table's columns."""
+    return {name: shape[0] for name, shape in spec.parameter_shapes().items() if len(shape) == 1}
+
+
+def store_vectors(
+    weights: WeightsFile, spec: VisionSpec, base: Mapping[str, Tensor], tasks: Sequence[TaskFactors]
+) -> VectorTables:
+    """The vector parameters of every task's own model, base and delta added up, into the weights file.
+
+    The weights of a set add up to one, so the mean of these is the base plus the mean delta.
+    """
+
+    def value(task: TaskFactors, name: str) -> NDArray[np.float32]:
+        return (base[name].double() + task.vectors[name].double()).float().numpy()
+
+    rows = [np.concatenate([value(task, name) for name in vector_sizes(spec)]) for task in tasks]
+    name = "conv1.weight"
+    conv1 = [value(task, name).reshape(spec.width, -1).T for task in tasks]  # [3*P*P, D] each
+    return VectorTables(weights.add(np.stack(rows)), weights.add(np.stack(conv1)))
+
+
 class AdaptiveLayers(Layers):
     """Layers whose weights are the base plus each sample's merged delta."""
 
@@ -57,12 +79,11 @@ class AdaptiveLayers(Layers):
         graph: Graph,
         spec: VisionSpec,
         base: Mapping[str, Tensor],
-        tasks: Sequence[TaskFactors],
         settings: MergeSettings,
         bases: Mapping[str, MatrixBases],
+        tables: VectorTables | None,
     ) -> None:
         super().__init__(graph, spec, base, "base.")
-        self._tasks = tasks
         self._settings = settings
         self._bases = bases
         self._slots = graph.input("slots", ir.DataType.INT64, ["S", "K"])
@@ -72,55 +93,56 @@ class AdaptiveLayers(Layers):
             for name, stored in bases.items():
                 side = f"K*{stored.vh.shape[1]}"
                 self._cores[name] = graph.input(stored.core, ir.DataType.FLOAT, ["S", side, side])
-        self._deltas = self._gather_vector_deltas() if settings.vectors == "mean" else {}
+        self._tables = tables
+        self._values = self._gather_vectors() if tables is not None else {}
 
-    def linear(self, name: str, x: ir.Value, columns: slice | None = None) -> ir.Value:
-        """`x W0^T + b + ((x VH^T) M^T) U^T`, where M acts from the left in `U M VH`."""
+    def linear(self, name: str, x: ir.Value, rows: int, columns: slice | None = None) -> ir.Value:
+        """`x W0^T + ((x VH^T) M^T) U^T + b`, where M acts from the left in `U M VH`."""
+        del rows
         graph = self.graph
-        y = super().linear(name, x, columns)
+        weight = self.transposed(name)
+        y = graph.op("MatMul", x, weight if columns is None else self.take(weight, columns, axis=1))
         h = graph.op("MatMul", x, self._transpose(self._right(name)))  # [B, N, K*R]
         h = self._apply_core_transposed(name, h)
         u_t = self._left(name)
-        bias = self._delta(bias_name(name))
+        bias = self._values[bias_name(name)] if self._values else self.parameter(bias_name(name))
         if columns is not None:
             u_t = self.take(u_t, columns, axis=2)
-            bias = self.take(bias, columns, axis=2) if bias is not None else None
-        y = graph.op("Add", y, graph.op("MatMul", h, u_t))
-        return y if bias is None else graph.op("Add", y, bias)
+            bias = self.take(bias, columns, axis=-1)
+        return graph.op("Add", graph.op("Add", y, graph.op("MatMul", h, u_t)), bias)
 
     def layer_norm(self, name: str, x: ir.Value) -> ir.Value:
-        """LayerNorm whose scale and bias carry the set's mean delta."""
-        scale_delta, bias_delta = self._delta(f"{name}.weight"), self._delta(f"{name}.bias")
-        if scale_delta is None or bias_delta is None:
+        """LayerNorm with the set's scale and bias."""
+        if not self._values:
             return super().layer_norm(name, x)
         graph = self.graph
         ones = graph.weight("ones", np.ones(self.spec.width, dtype=np.float32))
         x = graph.op("LayerNormalization", x, ones, axis=-1, epsilon=self.spec.layer_norm_eps)
-        scale = graph.op("Add", scale_delta, self.parameter(f"{name}.weight"))
-        bias = graph.op("Add", bias_delta, self.parameter(f"{name}.bias"))
-        return graph.op("Add", graph.op("Mul", x, scale), bias)
+        scaled = graph.op("Mul", x, self._values[f"{name}.weight"])
+        return graph.op("Add", scaled, self._values[f"{name}.bias"])
 
     def patch_projection(self, patches: ir.Value) -> ir.Value:
-        """The full delta of conv1 is added to the weight, not run as a second product."""
-        if self._settings.vectors == "base":
+        """conv1 with the set's weight: one product, of a weight that each task has in full."""
+        if self._tables is None:
             return super().patch_projection(patches)
         graph = self.graph
-        deltas = np.stack([task.vectors["conv1.weight"].flatten(1).numpy().T.ravel() for task in self._tasks])
-        mean = self._mean_over_slots(graph.weight("vectors.conv1.weight.T", deltas))  # [S, 1, 3*P*P*D]
-        delta = graph.op("Reshape", mean, graph.integers(0, -1, self.spec.width))  # [S, 3*P*P, D]
-        return graph.op("MatMul", patches, graph.op("Add", delta, self.patch_weight()))
+        table = graph.stored_weight("vectors.conv1.weight.T", self._tables.conv1)
+        mean = self._mean_over_slots(graph.op("Reshape", table, graph.integers(0, -1)))  # [S, 1, 3*P*P*D]
+        weight = graph.op("Reshape", mean, graph.integers(0, -1, self.spec.width))  # [S, 3*P*P, D]
+        return graph.op("MatMul", patches, weight)
 
     def positions(self) -> ir.Value:
         """Base table plus the low-rank delta of the positions, plus the class embedding's in row 0. [S, N, D]"""
         graph, name = self.graph, "positional_embedding"
         left = self._transpose(self._left(name))  # [S, N, K*R]
         table = graph.op("MatMul", self._apply_core(name, left), self._right(name))
-        table = graph.op("Add", table, super().positions())
-        cls_delta = self._delta("class_embedding")  # [S, 1, D]
-        if cls_delta is None:
-            return table
-        rows = graph.op("Pad", cls_delta, graph.integers(0, 0, 0, 0, self.spec.tokens - 1, 0))
-        return graph.op("Add", table, rows)
+        if not self._values:
+            return graph.op("Add", table, super().positions())
+        table = graph.op("Add", table, self.parameter(name))
+        cls = self._values["class_embedding"]  # [S, 1, D]
+        return graph.op(
+            "Add", table, graph.op("Pad", cls, graph.integers(0, 0, 0, 0, self.spec.tokens - 1, 0))
+        )
 
     def projection(self, pooled: ir.Value) -> ir.Value:
         """`x proj + ((x U) M) VH`: proj is applied from the right, so its factors swap sides."""
@@ -176,21 +198,16 @@ class AdaptiveLayers(Layers):
             return graph.op("ReduceMean", gathered, graph.integers(1), keepdims=1)
         return graph.op("MatMul", graph.op("Unsqueeze", self._weights, graph.integers(1)), gathered)
 
-    def _gather_vector_deltas(self) -> dict[str, ir.Value]:
-        """All 1-D deltas of all tasks as one table [T, P]: one gather, one weighted sum, one split."""
+    def _gather_vectors(self) -> dict[str, ir.Value]:
+        """All 1-D parameters of the sets: one gather, one weighted mean, one split. [S, 1, P] each"""
         graph = self.graph
-        names = [name for name, delta in self._tasks[0].vectors.items() if delta.ndim == 1]
-        rows = [np.concatenate([task.vectors[name].numpy() for name in names]) for task in self._tasks]
-        mean = self._mean_over_slots(graph.weight("vectors", np.stack(rows)))  # [S, 1, P]
-        sizes = [int(self._tasks[0].vectors[name].shape[0]) for name in names]
-        return dict(zip(names, graph.split(mean, sizes, axis=2), strict=True))
-
-    def _delta(self, name: str) -> ir.Value | None:
-        """Mean delta of a 1-D parameter over the set, or None with vectors=base. [S, 1, P]"""
-        return self._deltas.get(name)
+        assert self._tables is not None
+        mean = self._mean_over_slots(graph.stored_weight("vectors", self._tables.vectors))
+        sizes = vector_sizes(self.spec)
+        return dict(zip(sizes, graph.split(mean, list(sizes.values()), axis=2), strict=True))
 
 
-def add_second_pass(layers: AdaptiveLayers, heads: Sequence[Head], pixel_values: ir.Value) -> ir.Value:
+def add_second_pass(layers: Layers, heads: Sequence[Head], pixel_values: ir.Value) -> ir.Value:
     """Add the nodes of the second pass: -> logits [B, sum C_i], tasks in order."""
     return add_heads(layers.graph, encode(layers, pixel_values), heads)
 

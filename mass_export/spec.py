@@ -21,6 +21,7 @@ BaseMerge = Literal["tsvm", "isotropic", "mean", "zeroshot"]
 VectorMerge = Literal["mean", "base"]
 SumWeights = Literal["uniform", "gates"]
 Activation = Literal["gelu", "quick_gelu"]
+PatchEmbed = Literal["full", "low_rank"]
 
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 

@@ -29,7 +29,13 @@ from runtime.classifier import Classifier
 
 # Spelt out, because defaults may move on (arXiv 2504.05342, section 4.2; the layer is chosen).
 PAPER_ROUTER = RouterSettings(
-    site="mlp", token="cls", norm="l2", mode="topk", threshold=0.2, temperature=1.0, max_tasks=3  # noqa: S106
+    site="mlp",
+    token="cls",  # noqa: S106
+    norm="l2",
+    mode="topk",
+    threshold=0.2,
+    temperature=1.0,
+    max_tasks=3,
 )
 VERIFIED_IMAGES = 512
 TIMED_IMAGES = 128

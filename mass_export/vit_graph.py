@@ -30,14 +30,16 @@ class Layers:
         self._params = params
         self._prefix = prefix
 
-    def linear(self, name: str, x: ir.Value, columns: slice | None = None) -> ir.Value:
-        """`x W^T + b`, or only some output columns of it: [B, N, D_in] -> [B, N, D_out].
+    def linear(self, name: str, x: ir.Value, rows: int, columns: slice | None = None) -> ir.Value:
+        """`x W^T + b`, or only some output columns of it: [B, rows, D_in] -> [B, rows, D_out].
 
         Args:
             name: the weight's name; its bias is `<layer>.bias`, or in_proj_bias for in_proj_weight.
             x: input.
+            rows: tokens of an image in `x`, for layers that compute in two dimensions.
             columns: contiguous range of outputs.
         """
+        del rows
         graph = self.graph
         weight, bias = self.transposed(name), self.parameter(bias_name(name))
         if columns is not None:
@@ -106,13 +108,13 @@ def embed(layers: Layers, pixel_values: ir.Value) -> ir.Value:
 
 def block(layers: Layers, index: int, x: ir.Value) -> ir.Value:
     """One residual block over all tokens: [B, N, D] -> [B, N, D]."""
-    return mlp_residual(layers, index, attention_residual(layers, index, x))
+    return mlp_residual(layers, index, attention_residual(layers, index, x), layers.spec.tokens)
 
 
 def attention_residual(layers: Layers, index: int, x: ir.Value) -> ir.Value:
     """Residual stream after the block's attention: [B, N, D] -> [B, N, D]."""
     h = layers.layer_norm(f"transformer.resblocks.{index}.ln_1", x)
-    qkv = layers.linear(f"transformer.resblocks.{index}.attn.in_proj_weight", h)
+    qkv = layers.linear(f"transformer.resblocks.{index}.attn.in_proj_weight", h, layers.spec.tokens)
     q, k, v = _split_heads(layers, qkv, layers.spec.tokens, parts=3)
     return layers.graph.op("Add", x, _attend(layers, index, q, k, v, queries=layers.spec.tokens))
 
@@ -122,17 +124,18 @@ def cls_attention_residual(layers: Layers, index: int, x: ir.Value) -> ir.Value:
     D = layers.spec.width
     name = f"transformer.resblocks.{index}.attn.in_proj_weight"
     h = layers.layer_norm(f"transformer.resblocks.{index}.ln_1", x)
-    (q,) = _split_heads(layers, layers.linear(name, cls_row(layers, h), slice(0, D)), 1, parts=1)
-    k, v = _split_heads(layers, layers.linear(name, h, slice(D, 3 * D)), layers.spec.tokens, parts=2)
+    (q,) = _split_heads(layers, layers.linear(name, cls_row(layers, h), 1, slice(0, D)), 1, parts=1)
+    keys_and_values = layers.linear(name, h, layers.spec.tokens, slice(D, 3 * D))
+    k, v = _split_heads(layers, keys_and_values, layers.spec.tokens, parts=2)
     return layers.graph.op("Add", cls_row(layers, x), _attend(layers, index, q, k, v, queries=1))
 
 
-def mlp_residual(layers: Layers, index: int, x: ir.Value) -> ir.Value:
-    """Residual stream after the block's MLP: [B, n, D] -> [B, n, D]."""
+def mlp_residual(layers: Layers, index: int, x: ir.Value, rows: int) -> ir.Value:
+    """Residual stream after the block's MLP: [B, rows, D] -> [B, rows, D]."""
     name = f"transformer.resblocks.{index}."
     h = layers.layer_norm(f"{name}ln_2", x)
-    h = _activate(layers, layers.linear(f"{name}mlp.c_fc.weight", h))
-    return layers.graph.op("Add", x, layers.linear(f"{name}mlp.c_proj.weight", h))
+    h = _activate(layers, layers.linear(f"{name}mlp.c_fc.weight", h, rows))
+    return layers.graph.op("Add", x, layers.linear(f"{name}mlp.c_proj.weight", h, rows))
 
 
 def encode(layers: Layers, pixel_values: ir.Value) -> ir.Value:
@@ -142,7 +145,7 @@ def encode(layers: Layers, pixel_values: ir.Value) -> ir.Value:
     for index in range(spec.layers - 1):
         x = block(layers, index, x)
     x = cls_attention_residual(layers, spec.layers - 1, x)
-    return pool(layers, mlp_residual(layers, spec.layers - 1, x))
+    return pool(layers, mlp_residual(layers, spec.layers - 1, x, 1))
 
 
 def pool(layers: Layers, cls: ir.Value) -> ir.Value:
@@ -183,4 +186,4 @@ def _attend(layers: Layers, index: int, q: ir.Value, k: ir.Value, v: ir.Value, q
     scores = graph.op("Softmax", graph.op("MatMul", q, graph.op("Transpose", k, perm=[0, 1, 3, 2])), axis=-1)
     mixed = graph.op("Transpose", graph.op("MatMul", scores, v), perm=[0, 2, 1, 3])
     mixed = graph.op("Reshape", mixed, graph.integers(-1, queries, spec.width))
-    return layers.linear(f"transformer.resblocks.{index}.attn.out_proj.weight", mixed)
+    return layers.linear(f"transformer.resblocks.{index}.attn.out_proj.weight", mixed, queries)

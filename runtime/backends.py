@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from runtime.bundle import FIRST_PASS, SECOND_PASS, Manifest
+from runtime.bundle import FIRST_PASS, SECOND_PASS, Manifest, OneTaskSpec
 from runtime.cuda_device import compute_capability
 from runtime.cuda_memory import CudaMemory
 from runtime.engine_spec import EngineKey, EngineSpec
 from runtime.errors import BackendError
-from runtime.onnx_session import OnnxProvider, OnnxSession, is_offered
+from runtime.onnx_session import LazySession, OnnxProvider, OnnxSession, is_offered
 from runtime.session import Session
 from runtime.tensorrt_session import TensorRtSession
 
@@ -136,8 +136,19 @@ def _open_tensorrt(
     return opened[0], opened[1]
 
 
+def open_one_task(directory: Path, spec: OneTaskSpec, num_threads: int | None) -> Session:
+    """Load the one-task graph on the CPU.
+
+    Raises:
+        BackendError: ONNX Runtime refuses it.
+    """
+    return OnnxSession(directory / spec.file, "cpu", num_threads)
+
+
 def _open_both(
     directory: Path, manifest: Manifest, provider: OnnxProvider, num_threads: int | None
 ) -> tuple[Session, Session]:
     first, second = (directory / manifest.passes[name].file for name in (FIRST_PASS, SECOND_PASS))
+    if provider == "cpu" and manifest.one_task is not None:  # then only sets of several tasks need the second
+        return OnnxSession(first, provider, num_threads), LazySession(second, num_threads)
     return OnnxSession(first, provider, num_threads), OnnxSession(second, provider, num_threads)

@@ -107,6 +107,32 @@ class MatrixBases:
 
 
 @dataclass(frozen=True)
+class VectorTables:
+    """The parameters that are no matrices, of each task's own model; a set takes the mean of its tasks' rows.
+
+    Attributes:
+        vectors: all 1-D parameters, concatenated in the order of the second pass. [T, P]
+        conv1: the patch convolution as a product's right side. [T, 3*P*P, D]
+    """
+
+    vectors: StoredArray
+    conv1: StoredArray
+
+
+@dataclass(frozen=True)
+class OneTaskSpec:
+    """The second pass for images of one task, as a CPU wants it: what the task changes comes as inputs.
+
+    All are float32, as they lie in the files: nothing is gathered or copied. Beside `pixel_values`:
+        right.<name>, scale.<name>, left.<name>: vh, s and u_t of each of `matrices`. [R, D_in], [R], [R, D_out]
+        vectors, conv1: the task's rows of `tables`; absent with the base's parameters for all tasks. [P], [3*P*P, D]
+    """
+
+    file: str
+    tables: VectorTables | None
+
+
+@dataclass(frozen=True)
 class TaskSpec:
     """A task: its name, its classes, and where its head's logits stand in `logits [B, sum C_i]`."""
 
@@ -189,6 +215,7 @@ class Manifest:
     provenance: dict[str, Any]
     precision: Precision = "fp32"
     engines: tuple[EngineSpec, ...] = ()
+    one_task: OneTaskSpec | None = None
 
 
 def json_from_manifest(manifest: Manifest) -> str:
@@ -253,6 +280,24 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
     _check_file_names(manifest, where)
     for matrix in manifest.matrices:
         _check_matrix(matrix, manifest, where)
+    if manifest.one_task is not None:
+        for key, array in _table_arrays(manifest.one_task).items():
+            _check_array(array, manifest, f"{where}: one_task: {key}")
+            if len(array.shape) != {"vectors": 2, "conv1": 3}[key] or array.shape[0] != len(manifest.tasks):
+                raise BundleError(f"{where}: one_task: {key}: shape {list(array.shape)} does not fit.")
+
+
+def _table_arrays(one_task: OneTaskSpec) -> dict[str, StoredArray]:
+    tables = one_task.tables
+    return {} if tables is None else {"vectors": tables.vectors, "conv1": tables.conv1}
+
+
+def _check_array(array: StoredArray, manifest: Manifest, here: str) -> None:
+    if array.dtype not in STORED_DTYPES:
+        raise BundleError(f"{here}: dtype must be one of {', '.join(STORED_DTYPES)}, got {array.dtype!r}.")
+    size, end = manifest.files[array.file].bytes, array.offset + array.nbytes
+    if array.offset < 0 or end > size:
+        raise BundleError(f"{here}: lies at bytes {array.offset}..{end} of {array.file!r}, which has {size}.")
 
 
 def _check_tasks(tasks: tuple[TaskSpec, ...], where: str) -> None:
@@ -273,6 +318,9 @@ def _check_file_names(manifest: Manifest, where: str) -> None:
     arrays = [array for matrix in manifest.matrices for array in (matrix.u_t, matrix.s, matrix.vh)]
     used = {spec.file for spec in manifest.passes.values()} | {array.file for array in arrays}
     used |= {engine.file for engine in manifest.engines}
+    if manifest.one_task is not None:
+        used.add(manifest.one_task.file)
+        used |= {array.file for array in _table_arrays(manifest.one_task).values()}
     for name in sorted(used | set(manifest.files)):
         plain = PurePosixPath(name).name == name and name.isprintable()
         if not plain or name in ("", "..", MANIFEST_FILE) or any(mark in name for mark in "\\:"):
@@ -287,17 +335,9 @@ def _check_matrix(matrix: MatrixBases, manifest: Manifest, where: str) -> None:
     arrays = {"u_t": matrix.u_t, "s": matrix.s, "vh": matrix.vh}
     for key, array in arrays.items():
         here = f"{where}: matrix {matrix.name!r}: {key}"
-        if array.dtype not in STORED_DTYPES:
-            raise BundleError(
-                f"{here}: dtype must be one of {', '.join(STORED_DTYPES)}, got {array.dtype!r}."
-            )
         if len(array.shape) != (2 if key == "s" else 3) or min(array.shape) < 0:
             raise BundleError(f"{here}: shape {list(array.shape)} is not that of stacked bases.")
-        size, end = manifest.files[array.file].bytes, array.offset + array.nbytes
-        if array.offset < 0 or end > size:
-            raise BundleError(
-                f"{here}: lies at bytes {array.offset}..{end} of {array.file!r}, which has {size}."
-            )
+        _check_array(array, manifest, here)
     tasks = len(manifest.tasks)
     leading = {array.shape[:2] for array in arrays.values()}
     if (
@@ -351,6 +391,9 @@ def _typed_generic(kind: Any, origin: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise BundleError(f"{where}: expected an object, got {_shortened(value)}.")
         return {str(key): _typed(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    nested = [kind for kind in args if dataclasses.is_dataclass(kind)]
+    if nested and value is not None:  # a dataclass or None
+        return _typed(nested[0], value, where)
     if not isinstance(value, args) or isinstance(value, bool):  # a union of plain types
         raise BundleError(f"{where}: expected {kind}, got {_shortened(value)}.")
     return value

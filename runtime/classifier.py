@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends import Provider, open_sessions
+from runtime.backends import Provider, open_one_task, open_sessions
 from runtime.bundle import (
     GateMode,
     HeadChoice,
@@ -28,6 +28,7 @@ from runtime.bundle import (
 from runtime.cores import CoreCache
 from runtime.device_array import DeviceArray, is_foreign_device_array
 from runtime.errors import BackendError, InputError
+from runtime.one_task import OneTaskPass
 from runtime.prediction import ForwardResult, Prediction, joined, predictions_from_result
 from runtime.preprocess import ImageSource, pixel_values_from_images
 from runtime.routing import Selection, answer, gates_from_residuals, select_tasks
@@ -116,6 +117,10 @@ class Classifier:
             core_cache_sets=core_cache_sets,
             cuda_graphs=cuda_graphs,
         )
+        self._one_task = None
+        if self.manifest.one_task is not None and self._second.provider == "cpu":
+            session = open_one_task(directory, self.manifest.one_task, num_threads)
+            self._one_task = OneTaskPass(directory, self.manifest, self.manifest.one_task, session)
         limits = (session.max_batch for session in (self._first, self._second))
         self._batch_size = min([batch_size, *(limit for limit in limits if limit is not None)])
         self.provider = self._second.provider
@@ -137,6 +142,8 @@ class Classifier:
         self._closed = True
         self._first.close()
         self._second.close()
+        if self._one_task is not None:
+            self._one_task.close()
 
     def predict(
         self, images: Iterable[ImageSource], tasks: Iterable[str] | None = None, top_k: int = 5
@@ -236,7 +243,13 @@ class Classifier:
         self, pixel_values: Any, sets: Sequence[TaskSet], gates: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         logits = run_second_pass(
-            self._second, self.manifest, self._cores, pixel_values=pixel_values, sets=sets, gates=gates
+            self._second,
+            self.manifest,
+            self._cores,
+            pixel_values=pixel_values,
+            sets=sets,
+            gates=gates,
+            one_task=self._one_task,
         )
         _require_finite("logits", logits)
         return logits

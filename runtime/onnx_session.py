@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -142,6 +143,56 @@ class OnnxSession:
     def close(self) -> None:
         """Release the graph; runs that are under way finish."""
         self._session = None
+
+
+class LazySession:
+    """A graph that is loaded when it is first run: what is seldom needed costs neither time nor memory before."""
+
+    def __init__(self, path: Path, num_threads: int | None = None) -> None:
+        """Remember what to load; it runs on the CPU."""
+        self.path = path
+        self._num_threads = num_threads
+        self._session: OnnxSession | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @property
+    def provider(self) -> str:
+        """Always `cpu`."""
+        return "cpu"
+
+    @property
+    def max_batch(self) -> int | None:
+        """Any batch fits."""
+        return None
+
+    def stage(self, pixel_values: Any) -> Any:
+        """Images on the CPU are where they should be."""
+        return pixel_values
+
+    def core_feeds(self, sets: Sequence[tuple[int, ...]], cores: CoreCache) -> Mapping[str, Any]:
+        """Cores of the sets, stacked on the host."""
+        return stacked_cores(sets, cores)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """As `OnnxSession.run`.
+
+        Raises:
+            BackendError: ONNX Runtime cannot load the graph or failed, or the session is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise BackendError(f"{self.path.name}: the session is closed.")
+            if self._session is None:
+                self._session = OnnxSession(self.path, "cpu", self._num_threads)
+            session = self._session
+        return session.run(feeds)
+
+    def close(self) -> None:
+        """Release the graph, if it was loaded; runs that are under way finish."""
+        with self._lock:
+            self._closed = True
+            self._session = None
 
 
 def _run_bound(session: Any, names: list[str], feeds: Mapping[str, Any]) -> list[NDArray[Any]]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from runtime.bundle import Manifest
 from runtime.cores import CoreCache
+from runtime.one_task import OneTaskPass
 from runtime.session import Session
 
 TaskSet = tuple[int, ...]
@@ -28,8 +29,15 @@ class Run:
     samples: tuple[int, ...]
     sets: tuple[TaskSet, ...]
 
+    @property
+    def task(self) -> int | None:
+        """The one task of all samples, if they have one in common and no other."""
+        return self.sets[0][0] if len(self.sets) == 1 and len(self.sets[0]) == 1 else None
 
-def plan_second_pass(sets: Sequence[TaskSet], *, own_weights: bool = False) -> list[Run]:
+
+def plan_second_pass(
+    sets: Sequence[TaskSet], *, own_weights: bool = False, by_task: bool = False
+) -> list[Run]:
     """Divide a batch into runs.
 
     The graph takes sets of one size at a time, so there is one run for each size that occurs, smallest first.
@@ -39,9 +47,15 @@ def plan_second_pass(sets: Sequence[TaskSet], *, own_weights: bool = False) -> l
     Args:
         sets: tasks of each sample, ascending.
         own_weights: samples weigh equal sets differently, so that only sets of one task can be shared.
+        by_task: give each task that is alone in its set a run of its own; see `runtime.one_task`.
     """
     runs = []
-    for size in sorted({len(tasks) for tasks in sets}):
+    sizes = {len(tasks) for tasks in sets}
+    if by_task:
+        singles = sorted({tasks for tasks in sets if len(tasks) == 1})
+        runs += [Run(tuple(row for row, tasks in enumerate(sets) if tasks == one), (one,)) for one in singles]
+        sizes -= {1}
+    for size in sorted(sizes):
         samples = tuple(row for row, tasks in enumerate(sets) if len(tasks) == size)
         distinct = {sets[row] for row in samples}
         shared = len(distinct) == 1 and (size == 1 or not own_weights)
@@ -57,6 +71,7 @@ def run_second_pass(
     pixel_values: Any,
     sets: Sequence[TaskSet],
     gates: NDArray[np.float32],
+    one_task: OneTaskPass | None = None,
 ) -> NDArray[np.float32]:
     """Logits of every head on each sample's adaptively merged model.
 
@@ -67,6 +82,7 @@ def run_second_pass(
         pixel_values: normalised images, as the session staged them. [B, 3, H, W] float32
         sets: tasks of each sample, ascending.
         gates: used where the bundle weights sums by them. [B, T] float32
+        one_task: where there is one, it runs the sets of a single task.
 
     Returns:
         logits: tasks in order. [B, sum C] float32
@@ -76,8 +92,12 @@ def run_second_pass(
     """
     by_gates = manifest.compose == "sum" and manifest.router.sum_weights == "gates"
     logits = np.empty((len(pixel_values), manifest.tasks[-1].stop), np.float32)
-    for run in plan_second_pass(sets, own_weights=by_gates):
+    for run in plan_second_pass(sets, own_weights=by_gates, by_task=one_task is not None):
         rows = list(run.samples)
+        if one_task is not None and run.task is not None:
+            images = pixel_values if len(rows) == len(pixel_values) else pixel_values[rows]
+            logits[rows] = one_task.run(images, run.task)
+            continue
         slots = np.array(run.sets, np.int64)  # [S, K]
         weights = np.full(slots.shape, 1 / slots.shape[1], np.float32)
         if by_gates and slots.shape[1] > 1:

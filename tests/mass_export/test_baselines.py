@@ -24,7 +24,10 @@ def rows_of(recipe_path, data, **options):
 def accuracy(recipe, params, task, data, split="test"):
     head = load_head(task.head, task.name, task.classes, recipe.vision.embed_dim)
     images = load_labelled_images(data, task, split)
-    logits = encode(params, torch.from_numpy(images.pixel_values(recipe.preprocess)), recipe.vision) @ head.weight.T
+    logits = (
+        encode(params, torch.from_numpy(images.pixel_values(recipe.preprocess)), recipe.vision)
+        @ head.weight.T
+    )
     logits = logits if head.bias is None else logits + head.bias
     return np.mean(logits.argmax(dim=1).numpy() == images.labels)
 
@@ -61,7 +64,9 @@ def test_the_coefficient_is_the_best_on_validation_images_and_never_looks_at_tes
     towers = [load_checkpoint(task.checkpoint, recipe.vision) for task in recipe.tasks]
     delta_sum = {name: sum(t[name].double() - p.double() for t in towers) for name, p in base.items()}
     on_validation = {
-        candidate: sum(accuracy(recipe, add_scaled(base, delta_sum, candidate), t, data, "val") for t in recipe.tasks)
+        candidate: sum(
+            accuracy(recipe, add_scaled(base, delta_sum, candidate), t, data, "val") for t in recipe.tasks
+        )
         for candidate in COEFFICIENTS
     }
     settings = rows_of(path, data)["task_arithmetic"].settings

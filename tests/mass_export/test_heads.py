@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from mass_export.errors import HeadError
 from mass_export.heads import load_head
-from mass_export.recipe import HeadRecipe
+from mass_export.recipe_sources import HeadRecipe
 
 CLASSES = ("cat", "dog", "owl")
 

@@ -47,7 +47,7 @@ def test_forward_routes_merges_and_answers_as_the_dense_model_does(classifier, t
     assert np.array_equal(result.task_index, task_index)
     assert np.array_equal(result.class_index, class_index)
     dtypes = [part.dtype for part in vars(result).values()]
-    assert dtypes == [np.float32, np.float32, np.bool_, np.float32, np.int64, np.int64]
+    assert dtypes == [np.float32, np.float32, np.bool_, np.float32, np.int64, np.int64, np.bool_]
 
 
 def test_a_batch_equals_its_images_one_by_one_in_any_order(classifier, toy):

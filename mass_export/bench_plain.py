@@ -1,0 +1,97 @@
+"""The plain CLIP pass that times are compared with: the base tower and every head, in one graph.
+
+It is read back out of a bundle: the second pass' dense weights lie in the weights file under the base's names, and the
+vector parameters, which only differ in value, are those of the first task's model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+import mass_export
+from mass_export.errors import DataError
+from mass_export.graph import Graph
+from mass_export.heads import Head
+from mass_export.second_pass import add_heads, vector_sizes
+from mass_export.spec import VisionSpec
+from mass_export.vit_graph import Layers, encode
+from mass_export.weights_file import WeightsFile
+from runtime.bundle import SECOND_PASS, Manifest, map_array, read_manifest
+
+BASE, HEADS = "base.", "heads."
+
+
+def write_plain_pass(bundle: Path, directory: Path) -> Path:
+    """Write `plain.onnx` and its weights.
+
+    Args:
+        bundle: exported in fp32 or fp16; the plain pass is always fp32.
+        directory: where to; exists.
+
+    Raises:
+        DataError: the bundle's graphs are not of this version.
+    """
+    manifest = read_manifest(bundle)
+    spec = vision_spec_of(manifest)
+    stored = {
+        str(value.name): value.const_value
+        for value in ir.load(bundle / manifest.passes[SECOND_PASS].file).graph.initializers.values()
+    }
+    params = _base_parameters(bundle, manifest, spec, stored)
+    weight = torch.from_numpy(_array(stored, f"{HEADS}weight.T").T.copy())
+    bias = torch.from_numpy(_array(stored, f"{HEADS}bias").copy()) if f"{HEADS}bias" in stored else None
+    with WeightsFile(directory / "plain.bin") as weights:
+        return save_plain(params, [Head(weight, bias)], spec, weights, directory)
+
+
+def save_plain(
+    params: dict[str, Tensor], heads: list[Head], spec: VisionSpec, weights: WeightsFile, directory: Path
+) -> Path:
+    """Write the graph: pixel_values -> logits."""
+    graph = Graph("plain", weights)
+    images = graph.input("pixel_values", ir.DataType.FLOAT, ["B", 3, *spec.image_size])
+    logits = add_heads(graph, encode(Layers(graph, spec, params, BASE), images), heads)
+    path = directory / "plain.onnx"
+    classes = sum(head.weight.shape[0] for head in heads)
+    graph.save(path, {"logits": (logits, ["B", classes])}, mass_export.__version__)
+    return path
+
+
+def vision_spec_of(manifest: Manifest) -> VisionSpec:
+    """The tower that a manifest describes."""
+    names = VisionSpec.__dataclass_fields__
+    return VisionSpec.from_json({name: value for name, value in manifest.model.items() if name in names})
+
+
+def _base_parameters(
+    bundle: Path, manifest: Manifest, spec: VisionSpec, stored: dict[str, Any]
+) -> dict[str, Tensor]:
+    params: dict[str, np.ndarray[Any, Any]] = {}
+    shapes = spec.parameter_shapes()
+    for name in spec.matrix_names():
+        if f"{BASE}{name}.T" in stored:
+            params[name] = _array(stored, f"{BASE}{name}.T").T
+        elif f"{BASE}{name}" in stored:
+            params[name] = _array(stored, f"{BASE}{name}")
+    if manifest.one_task is not None and manifest.one_task.tables is not None:
+        tables = manifest.one_task.tables
+        row, start = map_array(bundle, tables.vectors)[0], 0
+        for name, size in vector_sizes(spec).items():
+            params[name] = row[start : start + size]
+            start += size
+        params["conv1.weight"] = map_array(bundle, tables.conv1)[0].T.reshape(shapes["conv1.weight"])
+    for name, shape in shapes.items():  # values do not matter for what is left, sizes do
+        params.setdefault(name, np.full(shape, 0.02, np.float32))
+    return {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in params.items()}
+
+
+def _array(stored: dict[str, Any], name: str) -> Any:
+    if name not in stored:
+        raise DataError(f"{SECOND_PASS}: no weight {name}; export the bundle again with this version.")
+    return stored[name].numpy()
