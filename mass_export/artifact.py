@@ -17,6 +17,7 @@ read. Equal artifacts give equal bytes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from mass_export.artifact_header import info_from_metadata, metadata_from_info
 from mass_export.errors import ArtifactError, shortened
-from mass_export.factor_storage import Storage, decode, encode
+from mass_export.factor_storage import Storage, decode, encode, storage_of
 from mass_export.heads import Head
 from mass_export.low_rank import LowRank
 from mass_export.safetensors_writer import write_safetensors
@@ -78,6 +79,7 @@ class Artifact:
         router_bases: of each task, by the parameter that reads the tap; orthonormal rows. [R, D] each
         heads: one per task.
         calibration: of the router, if there is one.
+        storage: how it lies in its file.
     """
 
     info: ArtifactInfo
@@ -87,6 +89,7 @@ class Artifact:
     router_bases: tuple[dict[str, Tensor], ...]
     heads: tuple[Head, ...] = field(default=())
     calibration: Calibration | None = None
+    storage: Storage = field(default=Storage())
 
 
 def check_destination(path: Path, inputs: Iterable[Path]) -> None:
@@ -103,8 +106,8 @@ def check_destination(path: Path, inputs: Iterable[Path]) -> None:
         raise ArtifactError(f"{path}: is an input of the merge; give another name for its result.")
 
 
-def write_artifact(path: Path, artifact: Artifact, storage: Storage | None = None) -> None:
-    """Check and write an artifact, all or nothing; `storage` says in how many bits, float32 unless given.
+def write_artifact(path: Path, artifact: Artifact) -> None:
+    """Check and write an artifact, all or nothing, encoded as its `storage` says.
 
     Raises:
         ArtifactError: the tensors do not fit the header, or the file cannot be written.
@@ -112,8 +115,7 @@ def write_artifact(path: Path, artifact: Artifact, storage: Storage | None = Non
     tensors = _tensors_from_artifact(artifact)
     _check_layout(tensors, artifact.info, str(path))
     _check_values(tensors, str(path))
-    if storage is not None:
-        tensors = encode(tensors, storage)
+    tensors = encode(tensors, artifact.storage)
     try:
         write_safetensors(path, tensors, metadata_from_info(artifact.info))
     except OSError as error:
@@ -136,11 +138,12 @@ def read_artifact(path: Path) -> Artifact:
         raise ArtifactError(
             f"{path}: not a complete safetensors file ({error}); copy or merge it again."
         ) from error
+    storage = storage_of(tensors)
     tensors = decode(tensors, str(path))
     _check_layout(tensors, info, str(path))
     tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
     _check_values(tensors, str(path))
-    return _artifact_from_tensors(info, tensors)
+    return dataclasses.replace(_artifact_from_tensors(info, tensors), storage=storage)
 
 
 def _tensors_from_artifact(artifact: Artifact) -> dict[str, Tensor]:

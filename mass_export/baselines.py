@@ -23,8 +23,9 @@ from mass_export.errors import RecipeError
 from mass_export.heads import Head, load_head
 from mass_export.merge import merge
 from mass_export.progress import Progress
-from mass_export.recipe import Recipe, load_recipe
+from mass_export.recipe import Recipe
 from mass_export.spec import MergeSettings, TaskInfo, VisionSpec
+from mass_export.task_factors import load_task_tower
 from mass_export.task_vectors import compute_task_vector
 from mass_export.vit import encode
 from runtime.bundle import Manifest, PreprocessSpec, sha256_of_file
@@ -126,12 +127,12 @@ def evaluate_baselines(
     infos = [TaskInfo(task.name, task.classes) for task in recipe.tasks]
     heads = [load_head(t.head, t.name, t.classes, recipe.vision.embed_dim) for t in recipe.tasks]
     cache = {} if cache is None else cache
-    base = load_checkpoint(recipe.base, recipe.vision)
+    base = load_checkpoint(recipe.base, recipe.vision, allow_pickle=recipe.allow_pickle)
     delta_sum = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in base.items()}
     own: dict[str, float] = {}
     images = {info.name: load_labelled_images(data, info, split) for info in infos}
     for task, head in zip(progress.track(recipe.tasks, "Fine-tuned models"), heads, strict=True):
-        params = load_checkpoint(task.checkpoint, recipe.vision)
+        params = load_task_tower(task, recipe, base)
         own[task.name] = head_accuracy(params, head, images[task.name], recipe.vision, recipe.preprocess)
         for name, delta in compute_task_vector(params, base).items():
             delta_sum[name] += delta
@@ -164,12 +165,12 @@ def evaluate_baselines(
     )
 
 
-def find_recipe(manifest: Manifest, data: Path) -> Recipe | None:
+def find_recipe(manifest: Manifest, data: Path) -> Path | None:
     """The recipe in the data directory that a bundle was merged from, by its sha256; None if there is none."""
     wanted = manifest.provenance.get("recipe", {}).get("sha256")
     candidates = sorted([*data.glob("*.yaml"), *data.glob("*.yml")])
     found = [path for path in candidates if sha256_of_file(path) == wanted]
-    return load_recipe(found[0]) if found else None
+    return found[0] if found else None
 
 
 def require_same_tasks(recipe: Recipe, manifest: Manifest) -> None:
@@ -193,7 +194,7 @@ def tsvm_recipe(recipe: Recipe) -> Recipe:
     ratio = 1 / len(recipe.tasks)
     tasks = tuple(dataclasses.replace(task, rank_ratio=ratio, rank=None) for task in recipe.tasks)
     return dataclasses.replace(
-        recipe, tasks=tasks, rank_ratio=ratio, rank=None, merge=TSVM, base_merge_file=None
+        recipe, tasks=tasks, rank_ratio=ratio, rank=None, rank_budget=None, merge=TSVM, base_merge_file=None
     )
 
 

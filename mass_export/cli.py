@@ -22,6 +22,7 @@ from mass_export.engine_options import (
 from mass_export.errors import MassExportError
 
 if TYPE_CHECKING:
+    from mass_export.factor_storage import FactorDtype
     from mass_export.tables import Table
     from runtime.backends import Provider
     from runtime.engine_spec import Precision
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path, dir_okay=False)
 PROVIDER = click.Choice(["auto", "cpu", "cuda", "tensorrt"])
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
+ALLOW_PICKLE = click.option(
+    "--allow-pickle", is_flag=True, help="Also read pickled modules, without running any code of them."
+)
 
 
 def _example(*commands: str) -> str:
@@ -69,25 +73,53 @@ def main() -> None:
     """Merge fine-tuned CLIP vision models into one classifier (MASS) and ship it."""
 
 
-@main.command(epilog=_example("mass merge recipe.yaml --out merged.safetensors"))
+@main.command(
+    epilog=_example(
+        "mass merge recipe.yaml --out merged.safetensors",
+        "mass merge recipe.yaml --out merged.safetensors --factor-dtype float16",
+        "mass merge merged.safetensors --add pets.yaml --remove cars --out changed.safetensors",
+    )
+)
 @click.argument("recipe", type=FILE)
 @click.option("--out", required=True, type=FILE, help="The artifact to write; an older one is replaced.")
+@click.option(
+    "--factor-dtype", type=click.Choice(["float32", "float16", "bfloat16", "int8"]),
+    help="How the file holds the tasks; float32, or as before.",
+)  # fmt: skip
+@click.option(
+    "--add", multiple=True, type=FILE, metavar="FRAGMENT", help="Recipe fragment with tasks to add."
+)
+@click.option("--remove", multiple=True, metavar="TASK", help="Task to remove.")
+@ALLOW_PICKLE
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
-def merge(recipe: Path, out: Path, *, quiet: bool) -> None:
+def merge(
+    recipe: Path,
+    out: Path,
+    factor_dtype: FactorDtype | None,
+    add: tuple[Path, ...],
+    remove: tuple[str, ...],
+    *,
+    allow_pickle: bool,
+    quiet: bool,
+) -> None:
     """Merge the tasks of RECIPE into one artifact.
 
-    Nothing is written unless everything succeeds.
+    With --add or --remove, RECIPE is an artifact: tasks are added to it or removed, and the factors of all others
+    stay as they are, at the ranks that they have.
+
+    OUT is written only if everything succeeds. An interrupted merge leaves a hidden directory .OUT.factors beside it,
+    and the next one goes on from there.
     """
-    from mass_export.artifact import check_destination, write_artifact  # noqa: PLC0415
-    from mass_export.merge import merge as merge_recipe  # noqa: PLC0415
+    from mass_export.merge_to_file import MergeOptions, change_file, merge_to_file  # noqa: PLC0415
     from mass_export.progress import Progress  # noqa: PLC0415
-    from mass_export.recipe import load_recipe  # noqa: PLC0415
 
     start = time.perf_counter()
-    parsed = load_recipe(recipe)
-    check_destination(out, parsed.inputs())
-    write_artifact(out, merge_recipe(parsed, Progress(quiet=quiet)))
-    _summarise(out, f"{len(parsed.tasks)} tasks", start)
+    options = MergeOptions(factor_dtype, Progress(quiet=quiet), allow_pickle=allow_pickle)
+    changed = add or remove
+    merged = (
+        change_file(recipe, out, add, remove, options) if changed else merge_to_file(recipe, out, options)
+    )
+    _summarise(out, f"{len(merged.tasks)} tasks", start)
 
 
 @main.command(
@@ -252,6 +284,7 @@ def inspect_command(path: Path, *, as_json: bool, quiet: bool) -> None:
 @click.option("--split", default="test", show_default=True, help="Which images.")
 @click.option("--json", "json_path", type=FILE, help="Write the scores here, too.")
 @click.option("--provider", type=PROVIDER, default="auto", show_default=True, help="Where the bundle runs.")
+@ALLOW_PICKLE
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
 def evaluate(
     bundle: Path,
@@ -261,6 +294,7 @@ def evaluate(
     json_path: Path | None,
     provider: Provider,
     *,
+    allow_pickle: bool,
     quiet: bool,
 ) -> None:
     """Score a bundle on labelled images, beside the baselines.
@@ -281,7 +315,8 @@ def evaluate(
     from runtime.bundle import read_manifest  # noqa: PLC0415
 
     progress, manifest = Progress(quiet=quiet), read_manifest(bundle)
-    parsed = find_recipe(manifest, data) if recipe is None else load_recipe(recipe)
+    found = find_recipe(manifest, data) if recipe is None else recipe
+    parsed = None if found is None else load_recipe(found, allow_pickle=allow_pickle)
     baselines, finetuned = None, None
     if parsed is not None:
         require_same_tasks(parsed, manifest)
@@ -347,8 +382,11 @@ def bench(
 @click.option("--data", required=True, type=DIRECTORY, help="Labelled images of every task.")
 @click.option("--split", default="val", show_default=True, help="Which images; not those that you report on.")
 @click.option("--json", "json_path", type=FILE, help="Write the scores here, too.")
+@ALLOW_PICKLE
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
-def choose_layer(recipe: Path, data: Path, split: str, json_path: Path | None, *, quiet: bool) -> None:
+def choose_layer(
+    recipe: Path, data: Path, split: str, json_path: Path | None, *, allow_pickle: bool, quiet: bool
+) -> None:
     """Score every block of the model as the routing layer of RECIPE, and name the best."""
     from mass_export.layer_choice import best_layer, score_layers  # noqa: PLC0415
     from mass_export.progress import Progress  # noqa: PLC0415
@@ -356,7 +394,8 @@ def choose_layer(recipe: Path, data: Path, split: str, json_path: Path | None, *
     from mass_export.report_files import write_json  # noqa: PLC0415
     from mass_export.tables import layer_table  # noqa: PLC0415
 
-    scores = score_layers(load_recipe(recipe), data, split=split, progress=Progress(quiet=quiet))
+    parsed = load_recipe(recipe, allow_pickle=allow_pickle)
+    scores = score_layers(parsed, data, split=split, progress=Progress(quiet=quiet))
     best = best_layer(scores)
     _print_tables(layer_table([score.to_dict() for score in scores]))
     click.echo(f"Best: router: {{layer: {best.layer}, mode: {best.mode}}}")

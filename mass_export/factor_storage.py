@@ -122,9 +122,14 @@ def _axis(name: str) -> int:
 
 
 def _quantized(tensor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    scale = tensor.abs().amax(dim=axis) / _INT8_MAX
+    scale = _rounded_up(tensor.abs().amax(dim=axis) / _INT8_MAX)
     steps = tensor / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(axis)
     return steps.round().to(torch.int8), scale
+
+
+def _rounded_up(scale: Tensor) -> Tensor:
+    """To 17 bits, so that 127 times the scale is exact and a tensor that is read and written again is the same."""
+    return ((scale.contiguous().view(torch.int32) + 0x7F) & ~0x7F).view(torch.float32)
 
 
 def _dequantize(tensors: dict[str, Tensor], name: str) -> None:

@@ -69,3 +69,9 @@ def fetch(name: str, key: str) -> Path:
             "network (`hf download`) and copy the cache, or give a local path."
         ) from error
     return folder
+
+
+def source_name(path: Path) -> str:
+    """What to call a file or folder in records: `hf:org/name@revision` if it lies in the hub's cache, else its name."""
+    match = re.search(r"/models--([^/]+)/snapshots/([^/]+)$", path.as_posix())
+    return f"{PREFIX}{match[1].replace('--', '/', 1)}@{match[2]}" if match else path.name

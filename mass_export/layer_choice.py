@@ -19,10 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mass_export.artifact import Artifact
-from mass_export.checkpoints import load_checkpoint
 from mass_export.datasets import load_labelled_images
 from mass_export.errors import RecipeError
-from mass_export.low_rank import factorize
 from mass_export.merge import merge
 from mass_export.model import MassModel
 from mass_export.progress import Progress
@@ -30,7 +28,7 @@ from mass_export.recipe import Recipe
 from mass_export.router_spec import Tap
 from mass_export.routing import projection_residuals, routing_feature
 from mass_export.spec import TaskInfo
-from mass_export.task_vectors import compute_task_vector
+from mass_export.task_factors import factorize_delta, open_task_vector
 from mass_export.vit import attention, attention_input, embed, mlp, mlp_input
 from runtime.bundle import GateMode, TaskSpec
 from runtime.routing import Selection, answer, gates_from_residuals, select_tasks
@@ -137,10 +135,10 @@ def bases_by_layer(recipe: Recipe, artifact: Artifact) -> list[list[Tensor]]:
         return [[task.matrices[name].vh for task in artifact.tasks] for name in names]
     bases: list[list[Tensor]] = [[] for _ in names]
     for task in recipe.tasks:
-        task_vector = compute_task_vector(load_checkpoint(task.checkpoint, recipe.vision), artifact.base)
+        task_vector = open_task_vector(task, recipe, artifact.base)
         for layer, name in enumerate(names):
-            kept = min(rank, *task_vector[name].shape)
-            bases[layer].append(factorize(task_vector[name], kept).vh.float())
+            kept = min(rank, *artifact.base[name].shape)
+            bases[layer].append(factorize_delta(task_vector.delta(name), kept).vh.float())
     return bases
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,85 @@ from mass_export.artifact import Artifact, TaskFactors
 from mass_export.checkpoint_folder import sha256_of_checkpoint
 from mass_export.checkpoints import load_checkpoint
 from mass_export.factor_cache import FactorCache
+from mass_export.factor_storage import FactorDtype, Storage
 from mass_export.heads import load_head
+from mass_export.hub import source_name
 from mass_export.lora import sha256_of_adapter
 from mass_export.merging import merge_isotropic, merge_tsvm
 from mass_export.progress import Progress
 from mass_export.rank_budget import allot_ranks, rank_caps
 from mass_export.recipe import Recipe, TaskRecipe
 from mass_export.spec import ArtifactInfo, BaseMerge, TaskInfo
-from mass_export.task_factors import factorize_task, open_task_vector, ranks_of, router_bases
+from mass_export.task_factors import TaskVector, factorize_task, open_task_vector, ranks_of, router_bases
 from runtime.bundle import sha256_of_file
 
-_FULL_DELTAS = ("isotropic", "mean")  # base merges of more than the factors
+FULL_DELTAS = ("isotropic", "mean")  # base merges of more than the factors
+
+
+@dataclass
+class TaskFactorizer:
+    """Factorises the tasks of a recipe one by one, or takes them from the cache.
+
+    Attributes:
+        recipe: whose tasks.
+        base: what they were fine-tuned from.
+        base_sha256: of its file.
+        dtype: of the factors.
+        progress: where to show it.
+        cache: where factors are kept, if anywhere.
+        delta_sum: sum of the full deltas so far, for the base merges that need it; else empty. float64
+    """
+
+    recipe: Recipe
+    base: Mapping[str, Tensor]
+    base_sha256: str
+    dtype: torch.dtype
+    progress: Progress
+    cache: FactorCache | None = None
+    delta_sum: dict[str, Tensor] = field(default_factory=dict)
+
+    def factors(
+        self, task: TaskRecipe, ranks: Mapping[str, int], sha256: str
+    ) -> tuple[TaskFactors, dict[str, Tensor]]:
+        """Factors and router bases of a task.
+
+        Args:
+            task: one of the recipe's.
+            ranks: of every matrix.
+            sha256: of its checkpoint or adapter.
+        """
+        recipe, key, found = self.recipe, "", None
+        if self.cache is not None:
+            taps = recipe.router.taps(recipe.vision.layers)
+            key = self.cache.key(
+                base=self.base_sha256,
+                checkpoint=sha256,
+                vision=dataclasses.asdict(recipe.vision),
+                ranks=dict(ranks),
+                router=[[tap.parameter for tap in taps], recipe.router.rank],
+                dtype=self.dtype,
+            )
+            found = self.cache.load(key)
+        in_full = recipe.merge.base_merge in FULL_DELTAS
+        if found is not None and not in_full:
+            return found
+        task_vector = open_task_vector(task, recipe, self.base)
+        if in_full:
+            self._add_in_full(task_vector)
+        if found is not None:
+            return found
+        factors = factorize_task(task_vector, ranks, recipe.vision, self.dtype, self.progress, task.name)
+        bases = router_bases(task_vector, factors, recipe, self.dtype, task.name)
+        if self.cache is not None:
+            self.cache.store(key, factors, bases)
+        return factors, bases
+
+    def _add_in_full(self, task_vector: TaskVector) -> None:
+        for name in self.base:
+            delta = task_vector.dense(name)
+            self.delta_sum[name] = (
+                self.delta_sum[name].add_(delta) if name in self.delta_sum else delta.clone()
+            )
 
 
 def merge(
@@ -34,6 +103,7 @@ def merge(
     dtype: torch.dtype = torch.float32,
     *,
     cache: FactorCache | None = None,
+    factor_dtype: FactorDtype = "float32",
 ) -> Artifact:
     """Factorise every task of the recipe, merge the first pass, and collect what export needs.
 
@@ -42,31 +112,34 @@ def merge(
         progress: where to show it.
         dtype: of the result; everything is computed in float64 and rounded once, at the end.
         cache: where factors of tasks are kept until the merge is complete, and taken from.
+        factor_dtype: in which the artifact's file will hold the tasks.
 
     Raises:
         MassExportError: any input is missing, damaged or does not fit; nothing is written.
     """
-    base = load_checkpoint(recipe.base, recipe.vision, allow_pickle=recipe.allow_pickle)
-    heads = tuple(load_head(t.head, t.name, t.classes, recipe.vision.embed_dim) for t in recipe.tasks)
+    vision, budget = recipe.vision, recipe.rank_budget
+    base = load_checkpoint(recipe.base, vision, allow_pickle=recipe.allow_pickle)
+    heads = tuple(load_head(t.head, t.name, t.classes, vision.embed_dim) for t in recipe.tasks)
     provenance = _provenance(recipe)
+    factorizer = TaskFactorizer(recipe, base, provenance["base"]["sha256"], dtype, progress, cache)
     tasks: list[TaskFactors] = []
     bases: list[dict[str, Tensor]] = []
-    delta_sum: dict[str, Tensor] = {}
     for task in progress.track(recipe.tasks, "Factorising tasks"):
-        factors, task_bases = _factors(task, recipe, base, dtype, provenance, delta_sum, progress, cache)
+        caps = ranks_of(task, vision) if budget is None else rank_caps(vision, budget, len(recipe.tasks))
+        sha256 = provenance["tasks"][task.name]["checkpoint"]["sha256"]
+        factors, task_bases = factorizer.factors(task, caps, sha256)
         tasks.append(factors)
         bases.append(task_bases)
-    if recipe.rank_budget is not None:
-        tasks, bases = _allotted(recipe, recipe.rank_budget, tasks, bases)
+    if budget is not None:
+        tasks, bases = _allotted(recipe, budget, tasks, bases)
     if recipe.base_merge_file is not None:
-        merged = load_checkpoint(
-            recipe.base_merge_file, recipe.vision, allow_pickle=recipe.allow_pickle, base=base
-        )
+        merged = load_checkpoint(recipe.base_merge_file, vision, allow_pickle=recipe.allow_pickle, base=base)
     else:
         assert recipe.merge.base_merge != "file"
-        merged = merge_first_pass(base, tasks, delta_sum, recipe.merge.base_merge, progress, dtype)
+        method = recipe.merge.base_merge
+        merged = merge_first_pass(base, tasks, factorizer.delta_sum, method, progress, dtype)
     info = ArtifactInfo(
-        vision=recipe.vision,
+        vision=vision,
         preprocess=recipe.preprocess,
         tasks=tuple(TaskInfo(t.name, t.classes) for t in recipe.tasks),
         merge=recipe.merge,
@@ -76,49 +149,8 @@ def merge(
         ranks=tuple(t.rank for t in recipe.tasks),
         model_config=recipe.model_config,
     )
-    return Artifact(info, base, merged, tuple(tasks), tuple(bases), heads)
-
-
-def _factors(
-    task: TaskRecipe,
-    recipe: Recipe,
-    base: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    provenance: Mapping[str, Any],
-    delta_sum: dict[str, Tensor],
-    progress: Progress,
-    cache: FactorCache | None,
-) -> tuple[TaskFactors, dict[str, Tensor]]:
-    """Factors and router bases of a task, new or from the cache; its full delta is added to `delta_sum` if needed."""
-    ranks = ranks_of(task, recipe.vision)
-    if recipe.rank_budget is not None:
-        ranks = rank_caps(recipe.vision, recipe.rank_budget, len(recipe.tasks))
-    key, found = "", None
-    if cache is not None:
-        key = cache.key(
-            base=provenance["base"]["sha256"],
-            checkpoint=provenance["tasks"][task.name]["checkpoint"]["sha256"],
-            vision=dataclasses.asdict(recipe.vision),
-            ranks=ranks,
-            router=[[tap.parameter for tap in recipe.router.taps(recipe.vision.layers)], recipe.router.rank],
-            dtype=dtype,
-        )
-        found = cache.load(key)
-    in_full = recipe.merge.base_merge in _FULL_DELTAS
-    if found is not None and not in_full:
-        return found
-    task_vector = open_task_vector(task, recipe, base)
-    if in_full:
-        for name in base:
-            delta = task_vector.dense(name)
-            delta_sum[name] = delta_sum[name].add_(delta) if name in delta_sum else delta.clone()
-    if found is not None:
-        return found
-    factors = factorize_task(task_vector, ranks, recipe.vision, dtype, progress, task.name)
-    bases = router_bases(task_vector, factors, recipe, dtype, task.name)
-    if cache is not None:
-        cache.store(key, factors, bases)
-    return factors, bases
+    storage = Storage(factor_dtype, recipe.patch_embed)
+    return Artifact(info, base, merged, tuple(tasks), tuple(bases), heads, storage=storage)
 
 
 def _allotted(
@@ -171,27 +203,31 @@ def merge_first_pass(
 
 
 def _provenance(recipe: Recipe) -> dict[str, Any]:
+    provenance: dict[str, Any] = {
+        "producer": f"mass-export {mass_export.__version__}",
+        "recipe": {"file": recipe.path.name, "sha256": sha256_of_file(recipe.path)},
+        "base": {"file": source_name(recipe.base), "sha256": sha256_of_checkpoint(recipe.base)},
+        "tasks": task_provenance(recipe),
+    }
+    if recipe.base_merge_file is not None:
+        file = recipe.base_merge_file
+        provenance["base_merge"] = {"file": file.name, "sha256": sha256_of_checkpoint(file)}
+    return provenance
+
+
+def task_provenance(recipe: Recipe) -> dict[str, Any]:
+    """Names and checksums of every task's inputs."""
     hashes: dict[Path, str] = {}  # heads of all tasks often lie in one file
 
     def entry(path: Path, hash_of: Callable[[Path], str] = sha256_of_checkpoint) -> dict[str, str]:
         if path not in hashes:
             hashes[path] = hash_of(path)
-        return {"file": path.name, "sha256": hashes[path]}
+        return {"file": source_name(path), "sha256": hashes[path]}
 
-    provenance: dict[str, Any] = {
-        "producer": f"mass-export {mass_export.__version__}",
-        "recipe": {"file": recipe.path.name, "sha256": sha256_of_file(recipe.path)},
-        "base": entry(recipe.base),
-        "tasks": {
-            t.name: {
-                "checkpoint": entry(
-                    t.checkpoint, sha256_of_adapter if t.is_adapter else sha256_of_checkpoint
-                ),
-                "head": entry(t.head.file),
-            }
-            for t in recipe.tasks
-        },
+    return {
+        t.name: {
+            "checkpoint": entry(t.checkpoint, sha256_of_adapter if t.is_adapter else sha256_of_checkpoint),
+            "head": entry(t.head.file),
+        }
+        for t in recipe.tasks
     }
-    if recipe.base_merge_file is not None:
-        provenance["base_merge"] = entry(recipe.base_merge_file)
-    return provenance

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_ESTIMATED_FROM_S = 600.0  # steps of the last so many seconds tell the time left; one may take a minute
+
 
 class Progress:
     """Bars on stderr while items are worked through; nothing when quiet, or when stderr is not a terminal.
@@ -93,6 +95,7 @@ class Progress:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
+            speed_estimate_period=_ESTIMATED_FROM_S,
         )
         self._bars.start()
         return self._bars

@@ -139,7 +139,7 @@ def load_recipe(path: Path, *, allow_pickle: bool = False) -> Recipe:
         ModelConfigError: the model is unknown or not supported.
         HubError: a repository cannot be fetched.
     """
-    data = _parse(path)
+    data = parse_yaml(path)
     try:
         top = checked_mapping(data, _TOP_KEYS, "recipe", required=("model", "base", "tasks"))
         config, preprocess, where = load_model_config(text(top["model"], "model"), path.parent)
@@ -149,10 +149,10 @@ def load_recipe(path: Path, *, allow_pickle: bool = False) -> Recipe:
             isinstance(entries, list) and bool(entries), f"tasks: expected a list of tasks, got {entries!r}."
         )
         rank_budget = _rank_budget(top)
-        rank_ratio, rank = _rank(top, "", (rank_budget or 1 / len(entries), None))
+        rank_ratio, rank = rank_settings(top, "", (rank_budget or 1 / len(entries), None))
         base = checkpoint_source(top["base"], "base", path)
-        settings = _Shared(path, base, config, (rank_ratio, rank), allow_pickle)
-        tasks = tuple(_task(entry, index, settings) for index, entry in enumerate(entries))
+        settings = TaskDefaults(path, base, config, (rank_ratio, rank), allow_pickle)
+        tasks = tuple(task_from_entry(entry, index, settings) for index, entry in enumerate(entries))
         names = [task.name for task in tasks]
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"tasks: the name(s) {', '.join(twice)} are given twice; rename one of them.")
@@ -183,7 +183,8 @@ def load_recipe(path: Path, *, allow_pickle: bool = False) -> Recipe:
     )
 
 
-def _parse(path: Path) -> object:
+def parse_yaml(path: Path) -> object:
+    """What a YAML file holds, with errors that name the place."""
     try:
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise RecipeError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; not a recipe.")
@@ -208,7 +209,7 @@ def _parse(path: Path) -> object:
 
 
 @dataclass(frozen=True)
-class _Shared:
+class TaskDefaults:
     """What every task's entry is read with."""
 
     path: Path
@@ -218,7 +219,8 @@ class _Shared:
     allow_pickle: bool
 
 
-def _task(entry: object, index: int, shared: _Shared) -> TaskRecipe:
+def task_from_entry(entry: object, index: int, shared: TaskDefaults) -> TaskRecipe:
+    """Read and check one entry of `tasks`."""
     key, path = f"tasks[{index}]", shared.path
     if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
         key += f" ({entry['name']})"
@@ -235,7 +237,7 @@ def _task(entry: object, index: int, shared: _Shared) -> TaskRecipe:
         info = TaskInfo(text(data["name"], "name"), lines_of(classes, f"{key}.classes", path, "class"))
     except RecipeError as error:
         raise RecipeError(str(error) if key in str(error) else f"{key}: {error}") from error
-    rank_ratio, fixed_rank = _rank(data, f"{key}.", shared.rank)
+    rank_ratio, fixed_rank = rank_settings(data, f"{key}.", shared.rank)
     if prompts:
         head = zero_shot_head_recipe(
             data["head"], f"{key}.head", path, shared.base, shared.config, info.classes
@@ -266,7 +268,7 @@ def _rank_budget(top: Mapping[str, Any]) -> float | None:
     return float(budget)
 
 
-def _rank(
+def rank_settings(
     data: Mapping[str, Any], prefix: str, default: tuple[float | None, int | None]
 ) -> tuple[float | None, int | None]:
     """The rank ratio or the fixed rank in `data`, else the default; one of the two is None."""
