@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir as ir
-
-from mass_export.engine_build import build_engine
-from mass_export.engine_settings import EngineSettings, TensorRt, find_tensorrt
-from mass_export.errors import EngineError
 from mass_export.precision import write_converted
 from mass_export.progress import Progress
 from runtime.bundle import (
@@ -28,7 +22,11 @@ from runtime.bundle import (
     read_manifest,
     sha256_of_file,
 )
+from runtime.engine_build import build_engine
+from runtime.engine_keys import engine_file_name, engine_key
+from runtime.engine_settings import EngineSettings, find_tensorrt
 from runtime.engine_spec import EngineKey, EngineSpec, Precision
+from runtime.errors import EngineError
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def build_engines(
         bundle: directory that mass-export wrote.
         settings: what to build.
         progress: where to show it.
-        timing_cache: see `mass_export.engine_build.build_engine`.
+        timing_cache: see `runtime.engine_build.build_engine`.
 
     Raises:
         EngineError: TensorRT is missing or refuses.
@@ -78,7 +76,7 @@ def build_engines(
         staged = Path(scratch)
         built = []
         for name in progress.track((FIRST_PASS, SECOND_PASS), "Engines"):
-            key = engine_key(bundle, manifest, name, tensorrt, precision, settings)
+            key = engine_key(manifest, name, tensorrt, precision, settings)
             known = _known(bundle, manifest, name, key)
             if isinstance(known, BuiltEngine):
                 built.append(known)
@@ -87,59 +85,21 @@ def build_engines(
             onnx_file = bundle / manifest.passes[name].file
             if precision != manifest.precision:
                 onnx_file = write_converted(onnx_file, staged / name, precision)
-            plan = build_engine(
-                onnx_file,
-                manifest.passes[name],
-                key.profiles,
-                tensorrt=tensorrt,
-                settings=settings,
-                progress=progress,
-                timing_cache=timing_cache,
-            )
+            with progress.bar(f"Building {name}") as show:
+                plan = build_engine(
+                    onnx_file,
+                    manifest.passes[name],
+                    key.profiles,
+                    tensorrt=tensorrt,
+                    settings=settings,
+                    show=show,
+                    timing_cache=timing_cache,
+                )
             spec = EngineSpec(name, engine_file_name(name, key), key)
             (staged / spec.file).write_bytes(plan)
             built.append(BuiltEngine(spec, known or "built", len(plan), time.perf_counter() - start))
         _install(bundle, manifest, built, staged)
     return built
-
-
-def engine_key(
-    bundle: Path,
-    manifest: Manifest,
-    pass_name: str,
-    tensorrt: TensorRt,
-    precision: Precision,
-    settings: EngineSettings,
-) -> EngineKey:
-    """What the engine of a pass would be built from and for."""
-    capability = settings.compute_capability
-    if tensorrt.flavour == "tensorrt" and not capability:
-        capability = (_capability_of_this_gpu(),)
-    return EngineKey(
-        graph_sha256=graph_sha256(bundle, manifest, pass_name),
-        flavour=tensorrt.flavour,
-        version=tensorrt.version,
-        compute_capability=tuple(sorted(capability)),
-        precision=precision,
-        profiles=settings.profiles(pass_name, manifest),
-        options=settings.options(),
-    )
-
-
-def graph_sha256(bundle: Path, manifest: Manifest, pass_name: str) -> str:
-    """Hash of a pass' ONNX file and of the files with its weights, from the manifest's hashes."""
-    file = manifest.passes[pass_name].file
-    initializers = ir.load(bundle / file).graph.initializers.values()
-    tensors = [value.const_value for value in initializers]
-    external = {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    lines = [f"{name} {manifest.files[name].sha256}\n" for name in (file, *sorted(external))]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def engine_file_name(pass_name: str, key: EngineKey) -> str:
-    """A name that is the key's alone: `first_pass.tensorrt_rtx.3f2a..engine`."""
-    digest = hashlib.sha256(repr(dataclasses.astuple(key)).encode()).hexdigest()[:12]
-    return f"{pass_name}.{key.flavour}.{key.precision}.{digest}.engine"
 
 
 def _precision(settings: EngineSettings, manifest: Manifest) -> Precision:
@@ -202,10 +162,3 @@ def _install(bundle: Path, manifest: Manifest, built: list[BuiltEngine], staged:
     replacement.replace(bundle / MANIFEST_FILE)
     for name in dropped:
         (bundle / name).unlink(missing_ok=True)
-
-
-def _capability_of_this_gpu() -> str:
-    from runtime.cuda_device import compute_capability  # noqa: PLC0415 - needs a GPU
-
-    capability: str = compute_capability()
-    return capability

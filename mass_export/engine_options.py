@@ -9,7 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from mass_export.engine_bundle import BuiltEngine
-    from mass_export.engine_settings import EngineSettings
+    from runtime.engine_settings import EngineSettings
     from runtime.engine_spec import Precision
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -54,7 +54,7 @@ def engine_options(command: Command) -> Command:
 
 def settings_from_options(precision: Precision | None, options: dict[str, Any]) -> EngineSettings:
     """The settings that the options of a command say."""
-    from mass_export.engine_settings import EngineSettings  # noqa: PLC0415
+    from runtime.engine_settings import EngineSettings  # noqa: PLC0415
 
     return EngineSettings(precision=precision, **options)
 

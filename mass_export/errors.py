@@ -75,10 +75,6 @@ class ExportError(MassExportError, RuntimeError):
     """The bundle could not be written."""
 
 
-class EngineError(MassExportError, RuntimeError):
-    """TensorRT is missing, or cannot build the engine that was asked for."""
-
-
 class VerificationError(MassExportError, AssertionError):
     """The exported graphs do not reproduce the eager model."""
 

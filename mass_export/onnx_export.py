@@ -13,7 +13,6 @@ import mass_export
 from mass_export.artifact import Artifact
 from mass_export.bundle_precision import convert_bundle, require_graph_precision
 from mass_export.engine_bundle import build_engines
-from mass_export.engine_settings import EngineSettings
 from mass_export.errors import ExportError
 from mass_export.first_pass import add_first_pass
 from mass_export.graph import Graph
@@ -40,6 +39,7 @@ from runtime.bundle import (
     json_from_manifest,
     sha256_of_file,
 )
+from runtime.engine_settings import EngineSettings
 from runtime.engine_spec import Precision
 
 WEIGHTS_FILE = "weights.bin"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
-import os
 from pathlib import Path
 from typing import Literal
 
 from runtime.bundle import FIRST_PASS, SECOND_PASS, Manifest, OneTaskSpec
 from runtime.cuda_device import compute_capability
 from runtime.cuda_memory import CudaMemory
-from runtime.engine_spec import EngineKey, EngineSpec
+from runtime.engine_cache import cache_directory, cached_engines
+from runtime.engine_spec import EngineKey, EngineSpec, Flavour, is_compatible
 from runtime.errors import BackendError
 from runtime.onnx_session import LazySession, OnnxProvider, OnnxSession, is_offered
 from runtime.session import Session
@@ -19,6 +20,7 @@ from runtime.tensorrt_session import TensorRtSession
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 
+FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")  # the first that fits is taken
 AMPERE = 8.0  # portable engines run on it and on what came after it
 
 _LOG = logging.getLogger(__name__)
@@ -32,17 +34,21 @@ def open_sessions(
     *,
     core_cache_sets: int = 64,
     cuda_graphs: bool = False,
+    build_engines: bool = True,
+    max_batch: int = 32,
 ) -> tuple[Session, Session]:
     """Load both passes.
 
     Args:
         directory: of the bundle.
         manifest: of the bundle.
-        provider: `auto` takes TensorRT where the bundle has engines for this GPU, then CUDA, then the CPU; any other
+        provider: `auto` takes TensorRT where it is installed and there is a GPU, then CUDA, then the CPU; any other
             is taken or is an error.
         num_threads: threads within an operator on the CPU; None lets the backend choose.
         core_cache_sets: sets of tasks whose cores stay on the GPU.
         cuda_graphs: let engines record and replay their kernels.
+        build_engines: where the bundle has no engines for this GPU, build them into the cache.
+        max_batch: largest batch that these take.
 
     Returns:
         Sessions of the first and the second pass.
@@ -50,13 +56,20 @@ def open_sessions(
     Raises:
         BackendError: the provider is not available or refuses a pass.
     """
+
+    def open_tensorrt() -> tuple[Session, Session]:
+        engines = _find_engines(directory, manifest, max_batch if build_engines else None)
+        return _open_engines(directory, manifest, engines, core_cache_sets, cuda_graphs=cuda_graphs)
+
     if provider == "tensorrt":
-        return _open_tensorrt(directory, manifest, core_cache_sets, cuda_graphs=cuda_graphs)
+        if not manifest.engines and not _may_be_installed() and is_offered("tensorrt"):
+            return _open_both(directory, manifest, "tensorrt", None)
+        return open_tensorrt()
     if provider != "auto":
         return _open_both(directory, manifest, provider, num_threads)
-    if manifest.engines:
+    if _may_be_installed():
         try:
-            return _open_tensorrt(directory, manifest, core_cache_sets, cuda_graphs=cuda_graphs)
+            return open_tensorrt()
         except BackendError as error:
             _LOG.info("TensorRT did not start, trying CUDA: %s", error)
     if is_offered("cuda"):
@@ -67,36 +80,40 @@ def open_sessions(
     return _open_both(directory, manifest, "cpu", num_threads)
 
 
-def choose_engines(manifest: Manifest, capability: str) -> tuple[EngineSpec, EngineSpec]:
-    """Engines of both passes for a GPU, TensorRT's before TensorRT-RTX's.
+def choose_engines(manifest: Manifest, capability: str) -> tuple[EngineSpec, EngineSpec] | None:
+    """Engines of both passes for a GPU and for what is installed, TensorRT's before TensorRT-RTX's; None without any.
 
     Args:
         manifest: of the bundle.
         capability: compute capability of the GPU, such as `8.6`.
-
-    Raises:
-        BackendError: there are none for this GPU, or what built them is not installed.
     """
-    for flavour in ("tensorrt", "tensorrt_rtx"):
+    installed = _installed()
+    for flavour, version in installed.items():
         ours = [engine for engine in manifest.engines if engine.key.flavour == flavour]
-        fitting = {engine.pass_name: engine for engine in ours if _fits(engine.key, capability)}
-        if fitting.keys() == manifest.passes.keys() and importlib.util.find_spec(flavour) is not None:
+        fitting = {
+            engine.pass_name: engine
+            for engine in ours
+            if _fits(engine.key, capability) and is_compatible(engine.key, version)
+        }
+        if fitting.keys() == manifest.passes.keys():
             return fitting[FIRST_PASS], fitting[SECOND_PASS]
-    listed = sorted(
-        {f"{e.key.flavour} for {', '.join(e.key.compute_capability) or 'any GPU'}" for e in manifest.engines}
-    )
-    raise BackendError(
-        f"no usable TensorRT engines for compute capability {capability}: the bundle has {'; '.join(listed)}. Install "
-        "what built them, or build engines for this GPU with `mass build-engines`."
-    )
+    return None
 
 
-def cache_directory() -> Path:
-    """Where kernels that were compiled for this GPU are kept: `MASS_CACHE`, or the user's cache."""
-    given = os.environ.get("MASS_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mass-export"
+def _may_be_installed() -> list[Flavour]:
+    """What can be found, without importing it."""
+    return [flavour for flavour in FLAVOURS if importlib.util.find_spec(flavour) is not None]
+
+
+def _installed() -> dict[Flavour, str]:
+    """Versions of what can be imported."""
+    found: dict[Flavour, str] = {}
+    for flavour in _may_be_installed():
+        try:
+            found[flavour] = str(importlib.import_module(flavour).__version__)
+        except (ImportError, OSError) as error:
+            _LOG.warning("%s is installed but does not import (%s)", flavour, error)
+    return found
 
 
 def _fits(key: EngineKey, capability: str) -> bool:
@@ -106,16 +123,41 @@ def _fits(key: EngineKey, capability: str) -> bool:
     return portable and float(capability) >= AMPERE
 
 
-def _open_tensorrt(
-    directory: Path, manifest: Manifest, max_sets: int, *, cuda_graphs: bool
-) -> tuple[Session, Session]:
-    if not manifest.engines:
-        if is_offered("tensorrt"):
-            return _open_both(directory, manifest, "tensorrt", None)
+def _find_engines(
+    directory: Path, manifest: Manifest, max_batch: int | None
+) -> tuple[EngineSpec, EngineSpec]:
+    """Engines of the bundle, or of the cache; `max_batch` None forbids to build."""
+    capability, installed = compute_capability(), _installed()
+    if found := choose_engines(manifest, capability):
+        return found
+    here = ", ".join(f"{flavour} {version}" for flavour, version in installed.items())
+    targets = {f"{e.key.flavour} {e.key.version} for {_targets(e.key)}" for e in manifest.engines}
+    missing = (
+        f"the bundle has no engines for compute capability {capability} and {here or 'no TensorRT'}; its engines: "
+        f"{'; '.join(sorted(targets)) or 'none'}"
+    )
+    if max_batch is None or not installed:
         raise BackendError(
-            "this bundle has no TensorRT engines; build them with `mass build-engines`, or use provider='cuda'."
+            f"{missing}. Build engines for this GPU with `mass build-engines`, or install what built those of the "
+            "bundle."
         )
-    first, second = choose_engines(manifest, compute_capability())
+    if manifest.engines:
+        _LOG.warning("%s", missing)
+    return cached_engines(directory, manifest, capability, max_batch)
+
+
+def _targets(key: EngineKey) -> str:
+    return ", ".join(key.compute_capability) or "Ampere and later"
+
+
+def _open_engines(
+    directory: Path,
+    manifest: Manifest,
+    engines: tuple[EngineSpec, EngineSpec],
+    max_sets: int,
+    *,
+    cuda_graphs: bool,
+) -> tuple[Session, Session]:
     memory = CudaMemory()
     try:
         opened = [
@@ -128,7 +170,7 @@ def _open_tensorrt(
                 cuda_graphs=cuda_graphs,
                 cache_directory=cache_directory(),
             )
-            for engine in (first, second)
+            for engine in engines
         ]
     except BaseException:
         memory.close()

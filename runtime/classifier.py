@@ -64,12 +64,13 @@ class Classifier:
         batch_size: int = 32,
         core_cache_sets: int = 64,
         cuda_graphs: bool = False,
+        build_engines: bool = True,
     ) -> None:
         """Load and check a bundle.
 
         Args:
             bundle_dir: directory that mass-export wrote.
-            provider: `auto` takes TensorRT where the bundle has engines for this GPU, then CUDA, then the CPU; any
+            provider: `auto` takes TensorRT where it is installed and there is a GPU, then CUDA, then the CPU; any
                 other is taken or is an error.
             num_threads: threads within an operator on the CPU; None lets the backend choose.
             verify: compare `full` checksums, or only the `size` of each file.
@@ -81,6 +82,8 @@ class Classifier:
             batch_size: images that are in work at a time.
             core_cache_sets: distinct sets of tasks whose cores are kept, see `CoreCache`.
             cuda_graphs: TensorRT alone: record the kernels of each batch size and replay them.
+            build_engines: TensorRT alone: where the bundle has no engines for this GPU, build them once and keep them
+                below `MASS_CACHE` or `~/.cache`; that takes minutes.
 
         Raises:
             BundleError: the bundle is missing, damaged or of another version.
@@ -111,11 +114,13 @@ class Classifier:
         self._cores = CoreCache(directory, matrices, core_cache_sets)
         self._first, self._second = open_sessions(
             directory,
-            self.manifest,
+            dataclasses.replace(self.manifest, router=self.router),
             provider,
             num_threads,
             core_cache_sets=core_cache_sets,
             cuda_graphs=cuda_graphs,
+            build_engines=build_engines,
+            max_batch=batch_size,
         )
         self._one_task = None
         if self.manifest.one_task is not None and self._second.provider == "cpu":

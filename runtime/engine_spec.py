@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -36,7 +37,7 @@ class EngineKey:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """An engine of a bundle; size and sha256 stand under the manifest's `files`."""
+    """An engine of a bundle; size and sha256 stand under the manifest's `files`. In the cache: `file` is absolute."""
 
     pass_name: str
     file: str
@@ -61,3 +62,13 @@ def profile_for(profiles: Sequence[Profile], dims: Mapping[str, int]) -> int | N
         if all(low <= dims[letter] <= high for letter, (low, _, high) in profile.items()):
             return index
     return None
+
+
+def is_compatible(key: EngineKey, installed: str) -> bool:
+    """Whether the installed version runs an engine: its own, or a later one of the major version if it was built so."""
+    if installed == key.version or "version_compatible" not in key.options:
+        return installed == key.version
+    with contextlib.suppress(ValueError):
+        ours, built = ([int(part) for part in text.split(".")[:3]] for text in (installed, key.version))
+        return ours[0] == built[0] and ours >= built
+    return False

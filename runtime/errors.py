@@ -1,4 +1,4 @@
-"""The exceptions of the runtime: one base, three leaves by whose mistake it is."""
+"""The exceptions of the runtime: one base, leaves by whose mistake it is."""
 
 
 class MassRuntimeError(Exception):
@@ -11,6 +11,10 @@ class BundleError(MassRuntimeError, ValueError):
 
 class BackendError(MassRuntimeError, RuntimeError):
     """The execution backend is not installed, not available or failed; carries its own text."""
+
+
+class EngineError(BackendError):
+    """TensorRT is missing, or cannot build the engine that was asked for."""
 
 
 class InputError(MassRuntimeError, ValueError):

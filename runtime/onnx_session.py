@@ -21,6 +21,7 @@ _EXECUTION_PROVIDERS: dict[OnnxProvider, str] = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+_OPTIONS: dict[OnnxProvider, dict[str, str]] = {"cuda": {"use_tf32": "0"}}  # fp32 is fp32, as in engines
 _ONLY_ERRORS = 3
 
 
@@ -90,7 +91,9 @@ class OnnxSession:
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=[wanted], provider_options=[_OPTIONS.get(provider, {})]
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
             raise BackendError(f"{path}: ONNX Runtime cannot load the graph ({error}).") from error
         active = session.get_providers()

@@ -1,8 +1,7 @@
-"""An engine from its file: the right TensorRT, the weights, a context. Only this module imports TensorRT."""
+"""An engine from its file: the right TensorRT, the weights, a context."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import mmap
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from runtime.bundle import PassSpec
-from runtime.engine_spec import EngineSpec
+from runtime.engine_spec import EngineSpec, is_compatible
 from runtime.errors import BackendError
+from runtime.tensorrt_log import make_logger
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ def load_engine(directory: Path, engine: EngineSpec, spec: PassSpec) -> LoadedEn
         BackendError: TensorRT is missing, of another version, or refuses the engine.
     """
     trt = _import_tensorrt(engine)
-    log = _make_logger(trt)
+    log = make_logger(trt)
     runtime = _make_runtime(trt, log, engine)
-    file = directory / engine.file
+    file = directory / engine.file  # absolute, if it is of the cache
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         deserialised = runtime.deserialize_cuda_engine(plan)
     if deserialised is None:
@@ -86,7 +86,7 @@ def make_context(
         strategy = trt.CudaGraphStrategy
         config.cuda_graph_strategy = strategy.WHOLE_GRAPH_CAPTURE if cuda_graphs else strategy.DISABLED
         if cache_directory is not None:
-            cache = KernelCache(cache_directory / f"{loaded.name}.kernels", config)
+            cache = KernelCache(cache_directory / f"{Path(loaded.name).name}.kernels", config)
         context = engine.create_execution_context(config)
     else:
         context = engine.create_execution_context()
@@ -147,40 +147,9 @@ def _import_tensorrt(engine: EngineSpec) -> Any:
         package = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu12"}[key.flavour]
         raise BackendError(f"{key.flavour} cannot be imported ({error}); pip install {package}.") from error
     installed = str(module.__version__)
-    compatible = "version_compatible" in key.options and _is_later(installed, key.version)
-    if installed != key.version and not compatible:
+    if not is_compatible(key, installed):
         raise BackendError(
             f"{engine.file}: built by {key.flavour} {key.version}, installed is {installed}; build it again with "
             "`mass build-engines`, or install that version."
         )
     return module
-
-
-def _is_later(installed: str, built: str) -> bool:
-    """Whether a version-compatible engine runs: the same major version, not an older one."""
-    with contextlib.suppress(ValueError):
-        a, b = ([int(part) for part in text.split(".")[:3]] for text in (installed, built))
-        return a[0] == b[0] and a >= b
-    return False
-
-
-def _make_logger(trt: Any) -> Any:
-    base: Any = trt.ILogger
-
-    class Log(base):  # type: ignore[misc]
-        """Keeps errors for the next exception and passes warnings on to `logging`."""
-
-        def __init__(self) -> None:
-            base.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (base.ERROR, base.INTERNAL_ERROR):
-                self.errors.append(message)
-            elif severity == base.WARNING:
-                _LOG.info("%s", message)
-
-        def text(self) -> str:
-            return " | ".join(self.errors[:3]) or "no reason was given"
-
-    return Log()

@@ -16,18 +16,19 @@ from click.testing import CliRunner
 
 from mass_export import engine_bundle
 from mass_export.cli import main
-from mass_export.engine_build import build_engine
 from mass_export.engine_bundle import build_engines
-from mass_export.engine_monitor import make_logger, make_monitor, run_cancellably
-from mass_export.engine_network import check_network, layer_precisions, parse_network
-from mass_export.engine_settings import EngineSettings, default_slots, find_tensorrt
-from mass_export.errors import EngineError
 from mass_export.precision import write_converted
 from mass_export.progress import Progress
 from runtime.bundle import FIRST_PASS, SECOND_PASS, check_files, read_manifest
 from runtime.cuda_device import compute_capability
+from runtime.engine_build import build_engine
+from runtime.engine_cache import cached_engines
+from runtime.engine_monitor import make_monitor, run_cancellably
+from runtime.engine_network import check_network, layer_precisions, parse_network
+from runtime.engine_settings import EngineSettings, default_slots, find_tensorrt
 from runtime.engine_spec import Precision, profile_for, shape_with
-from runtime.errors import BackendError
+from runtime.errors import BackendError, EngineError
+from runtime.tensorrt_log import make_logger
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -58,7 +59,7 @@ def fake_builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def parsed(onnx_file: Path) -> tuple[Any, ...]:
     tensorrt = find_tensorrt("tensorrt_rtx")
-    log = make_logger(tensorrt)
+    log = make_logger(rtx)
     builder = rtx.Builder(log)
     return (*parse_network(onnx_file, builder, tensorrt, log), builder, log)
 
@@ -111,7 +112,7 @@ def test_a_graph_with_an_unknown_operator_names_it(exported: Path, tmp_path: Pat
 # Builds
 
 
-def first_pass_engine(bundle: Path, settings: EngineSettings, progress: Progress = QUIET) -> bytes:
+def first_pass_engine(bundle: Path, settings: EngineSettings, show: Any = lambda *_: None) -> bytes:
     manifest = read_manifest(bundle)
     spec = manifest.passes[FIRST_PASS]
     return build_engine(
@@ -120,7 +121,7 @@ def first_pass_engine(bundle: Path, settings: EngineSettings, progress: Progress
         settings.profiles(FIRST_PASS, manifest),
         tensorrt=find_tensorrt("tensorrt_rtx"),
         settings=settings,
-        progress=progress,
+        show=show,
     )
 
 
@@ -130,6 +131,19 @@ def test_builds_take_every_option_that_the_flavour_has(exported: Path) -> None:
         batch=(1, 2, 4), compute_capability=("8.6",), workspace_mib=64, optimization_level=1, tf32=True
     )
     assert len(first_pass_engine(bundle, settings)) > 10_000
+
+
+def test_stripping_weights_without_a_gpu_is_refused_before_tensorrt_ends_the_process(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_gpu() -> str:
+        raise BackendError("no CUDA-capable device is detected")
+
+    monkeypatch.setattr("runtime.engine_build.compute_capability", no_gpu)
+    with pytest.raises(
+        EngineError, match=r"weight_stripped: tensorrt_rtx needs a GPU .*no CUDA-capable device"
+    ):
+        first_pass_engine(exported / "bundle", EngineSettings(weight_stripped=True))
 
 
 @pytest.mark.gpu
@@ -162,20 +176,13 @@ def test_options_that_the_flavour_lacks_are_errors(
 def test_a_build_reports_its_steps(exported: Path) -> None:
     seen: list[tuple[str, int, int]] = []
 
-    class Recorded(Progress):
-        def bar(self, description: str) -> Any:
-            assert description == "Building first_pass"
-            import contextlib
-
-            return contextlib.nullcontext(lambda *step: seen.append(step))
-
-    first_pass_engine(exported / "bundle", SMALL, Recorded())
+    first_pass_engine(exported / "bundle", SMALL, lambda *step: seen.append(step))
     assert len({phase for phase, _, _ in seen}) > 3
     assert all(0 <= step <= steps for _, step, steps in seen)
 
 
 def test_ctrl_c_stops_a_build_at_its_next_step() -> None:
-    monitor = make_monitor(find_tensorrt("tensorrt_rtx"), lambda *_: None)
+    monitor = make_monitor(rtx, lambda *_: None)
     steps = []
 
     def build() -> None:
@@ -211,6 +218,22 @@ def test_both_passes_build_and_are_listed(bundle: Path, precision: Precision) ->
         "manifest.json": before["manifest.json"]
     } == before
     assert len(list(bundle.parent.iterdir())) == 1  # nothing is left beside it
+
+
+@pytest.mark.slow
+def test_engines_of_the_cache_are_built_for_the_gpu_at_hand_and_found_again(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASS_CACHE", str(tmp_path / "cache"))
+    bundle, before = exported / "bundle", content(exported / "bundle")
+    manifest = read_manifest(bundle)
+    built = cached_engines(bundle, manifest, "8.6", 4)
+    assert [engine.pass_name for engine in built] == [FIRST_PASS, SECOND_PASS]
+    assert all(Path(engine.file).parent == tmp_path / "cache/engines" for engine in built)
+    assert {engine.key.compute_capability for engine in built} == {("8.6",)}
+    monkeypatch.setattr("runtime.engine_cache.build_engine", None)
+    assert cached_engines(bundle, manifest, "8.6", 4) == built
+    assert content(bundle) == before
 
 
 # Keys, staleness, atomicity
@@ -272,7 +295,7 @@ def test_a_failure_in_the_second_pass_leaves_the_bundle_as_it_was(
 def test_killed_half_way_the_bundle_is_as_it_was(bundle: Path) -> None:
     before = content(bundle)
     code = (
-        "import sys; from mass_export.engine_build import build_engine; from mass_export import engine_bundle, cli\n"
+        "import sys; from mass_export import engine_bundle, cli\n"
         "def build(f, *a, **k):\n"
         "    print(f.stem, flush=True)\n"
         "    return b'engine' if f.stem == 'first_pass' else __import__('time').sleep(600)\n"

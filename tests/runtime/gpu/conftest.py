@@ -167,6 +167,7 @@ class GpuDouble:
         module.ILogger = real.ILogger
         if flavour == "tensorrt_rtx":
             module.CudaGraphStrategy = real.CudaGraphStrategy
+            module.ComputeCapability = real.ComputeCapability
         module.Runtime = mock.create_autospec(real.Runtime, side_effect=self._runtime)
         module.Refitter = mock.create_autospec(real.Refitter)
         module.OnnxParserRefitter = mock.create_autospec(real.OnnxParserRefitter)

@@ -55,6 +55,7 @@ def test_a_bundle_without_engines_takes_onnx_runtimes_tensorrt_where_it_has_one(
             asked.append((path.name, provider))
             self.provider = provider
 
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)  # no TensorRT of Python's
     monkeypatch.setattr("runtime.backends.OnnxSession", Recorded)
     monkeypatch.setattr("runtime.backends.is_offered", lambda provider: provider == "tensorrt")
     assert Classifier(toy_bundle(), "tensorrt").provider == "tensorrt"

@@ -1,41 +1,24 @@
-"""What TensorRT says while it builds: errors for the message, steps for the bar, and Ctrl-C the other way."""
+"""A build's steps for a bar, and Ctrl-C the other way."""
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
-from mass_export.engine_settings import TensorRt
-from mass_export.errors import shortened
-
 POLL_S = 0.1
+BAR_WIDTH = 30
+
+Show = Callable[[str, int, int], None]
 
 
-def make_logger(tensorrt: TensorRt) -> Any:
-    """A logger that keeps errors for the message of the exception."""
-    trt: Any = tensorrt.module
-    base: Any = trt.ILogger
-
-    class Log(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            base.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-
-        def text(self) -> str:
-            return shortened(self.errors, limit=3, separator=" | ") or "it gave no reason"
-
-    return Log()
-
-
-def make_monitor(tensorrt: TensorRt, show: Callable[[str, int, int], None]) -> Any:
+def make_monitor(trt: Any, show: Show) -> Any:
     """TensorRT's progress monitor: shows its current phase; `stop()` cancels the build."""
-    base: Any = tensorrt.module.IProgressMonitor
+    base: Any = trt.IProgressMonitor
 
     class Monitor(base):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -80,3 +63,25 @@ def run_cancellably(build: Callable[[], Any], monitor: Any) -> Any:
         worker.join()
         raise
     return done.result()
+
+
+@contextmanager
+def terminal_bar(description: str) -> Iterator[Show]:
+    """A bar with the time on stderr, without any library; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _now, _step, _steps: None
+        return
+    start = time.perf_counter()
+
+    def show(now: str, step: int, steps: int) -> None:
+        filled = BAR_WIDTH * step // max(steps, 1)
+        elapsed_s = time.perf_counter() - start
+        bar = "#" * filled + "." * (BAR_WIDTH - filled)
+        sys.stderr.write(f"\r\x1b[K{description} [{bar}] {elapsed_s:.0f} s  {now[:40]}")
+        sys.stderr.flush()
+
+    try:
+        yield show
+    finally:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()

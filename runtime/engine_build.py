@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mass_export.engine_monitor import make_logger, make_monitor, run_cancellably
-from mass_export.engine_network import check_network, parse_network
-from mass_export.engine_settings import EngineSettings, TensorRt
-from mass_export.errors import EngineError
-from mass_export.progress import Progress
 from runtime.bundle import PassSpec
+from runtime.cuda_device import compute_capability
+from runtime.engine_monitor import Show, make_monitor, run_cancellably
+from runtime.engine_network import check_network, parse_network
+from runtime.engine_settings import EngineSettings, TensorRt
 from runtime.engine_spec import Profile, shape_with
+from runtime.errors import BackendError, EngineError
+from runtime.tensorrt_log import make_logger
 
 
 def build_engine(
@@ -27,7 +28,7 @@ def build_engine(
     *,
     tensorrt: TensorRt,
     settings: EngineSettings,
-    progress: Progress,
+    show: Show,
     timing_cache: Path | None = None,
 ) -> bytes:
     """Build and serialise the engine of one pass.
@@ -40,22 +41,23 @@ def build_engine(
         profiles: dimensions to build for.
         tensorrt: what builds.
         settings: limits and flags.
-        progress: where to show the steps.
+        show: takes TensorRT's current phase, its step and its number of steps.
         timing_cache: TensorRT's measurements, read if the file exists and written back; TensorRT-RTX has none.
 
     Raises:
         EngineError: the graph, a setting or the machine is refused; the message carries TensorRT's own.
     """
-    trt, log = tensorrt.module, make_logger(tensorrt)
+    trt = tensorrt.module
+    _require_gpu_for(settings, tensorrt)
+    log = make_logger(trt)
     builder = _started(lambda: trt.Builder(log), tensorrt, log)
     network, _parser = parse_network(onnx_file, builder, tensorrt, log)
     check_network(network, spec, onnx_file)
     config = _configured(builder, network, spec, profiles, tensorrt, settings)
     cache = _attach_timing_cache(config, tensorrt, timing_cache)
-    with progress.bar(f"Building {onnx_file.stem}") as show:
-        monitor = make_monitor(tensorrt, show)
-        config.progress_monitor = monitor
-        plan = run_cancellably(lambda: builder.build_serialized_network(network, config), monitor)
+    monitor = make_monitor(trt, show)
+    config.progress_monitor = monitor
+    plan = run_cancellably(lambda: builder.build_serialized_network(network, config), monitor)
     if plan is None:
         raise EngineError(f"{onnx_file}: {tensorrt.flavour} cannot build the engine: {log.text()}")
     if cache is not None and timing_cache is not None:
@@ -77,6 +79,19 @@ def _started(make: Callable[[], Any], tensorrt: TensorRt, log: Any) -> Any:
             "it builds for; TensorRT-RTX builds without one."
         )
     return builder
+
+
+def _require_gpu_for(settings: EngineSettings, tensorrt: TensorRt) -> None:
+    """TensorRT-RTX runs kernels while it strips weights; without a GPU it ends the whole process."""
+    if not settings.weight_stripped or tensorrt.flavour != "tensorrt_rtx":
+        return
+    try:
+        compute_capability()
+    except BackendError as error:
+        raise EngineError(
+            f"weight_stripped: tensorrt_rtx needs a GPU to strip the weights ({error}). Leave the option out, or "
+            "build on a machine with a GPU."
+        ) from error
 
 
 def _configured(

@@ -6,9 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mass_export.engine_settings import TensorRt
-from mass_export.errors import EngineError, shortened
 from runtime.bundle import PassSpec
+from runtime.engine_settings import TensorRt
+from runtime.errors import EngineError
+from runtime.tensorrt_log import first_few
 
 
 def parse_network(onnx_file: Path, builder: Any, tensorrt: TensorRt, log: Any) -> tuple[Any, Any]:
@@ -24,7 +25,7 @@ def parse_network(onnx_file: Path, builder: Any, tensorrt: TensorRt, log: Any) -
     if not parser.parse_from_file(str(onnx_file)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         faults = [f"{e.node_operator()} node {e.node_name()!r}: {e.desc()}" for e in errors]
-        raise EngineError(f"{onnx_file}: {tensorrt.flavour} cannot read the graph: {shortened(faults, 3)}")
+        raise EngineError(f"{onnx_file}: {tensorrt.flavour} cannot read the graph: {first_few(faults)}")
     return network, parser
 
 
@@ -48,7 +49,9 @@ def check_network(network: Any, spec: PassSpec, onnx_file: Path) -> None:
             if ours != theirs:
                 faults.append(f"{kind} {name} is {theirs}, the manifest says {ours}")
     if faults:
-        raise EngineError(f"{onnx_file}: the parsed network differs from the manifest: {shortened(faults)}.")
+        raise EngineError(
+            f"{onnx_file}: the parsed network differs from the manifest: {first_few(faults, limit=8)}."
+        )
 
 
 def dtype_name(dtype: Any) -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from mass_export.errors import EngineError
 from runtime.bundle import FIRST_PASS, Manifest
 from runtime.engine_spec import Flavour, Precision, Profile
+from runtime.errors import EngineError
 
 Range = tuple[int, int, int]
 
