@@ -125,7 +125,7 @@ class _Conversion:
     def _is_half(self, node: ir.Node, inputs: list[ir.Value]) -> bool:
         if node.op_type == "MatMul":
             return not any(_kept_full(self._roots[value]) for value in inputs if value in self._roots)
-        in_branch = node.op_type in BETWEEN_PRODUCTS and not _is_residual_stream(node)
+        in_branch = node.op_type in BETWEEN_PRODUCTS and not is_residual_stream(node)
         return in_branch and any(self._kinds[value] == "half" for value in inputs)
 
     def _store_weights(self, nodes: list[ir.Node]) -> set[ir.Value]:
@@ -175,7 +175,7 @@ def _kept_full(initializer: ir.Value) -> bool:
     return name.startswith(FULL_WEIGHTS) or name in FULL_WEIGHT_NAMES
 
 
-def _is_residual_stream(node: ir.Node) -> bool:
+def is_residual_stream(node: ir.Node) -> bool:
     """A sum that a LayerNorm reads is the residual stream; no other sum of a ViT is normalised."""
     return node.op_type == "Add" and any(
         reader.op_type == "LayerNormalization" for reader in _readers(node.outputs[0])

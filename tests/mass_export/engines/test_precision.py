@@ -17,15 +17,29 @@ from mass_export.errors import ExportError
 from mass_export.model import MassModel
 from mass_export.onnx_export import export_bundle
 from mass_export.precision import HALVES, half_array, write_converted
+from mass_export.precision_check import LARGEST_FP16, check_decisions, measure_extremes
+from mass_export.precision_emulation import emulate_bundle
 from mass_export.progress import Progress
 from mass_export.verify import compare, sample_images
-from runtime.bundle import map_array, read_manifest
+from runtime.bundle import PassSpec, map_array, read_manifest
 from runtime.classifier import Classifier
+from runtime.engine_spec import Precision, shape_with
 
 PASSES = ("first_pass", "second_pass")
 HALF_TYPES = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 FLOAT = onnx.TensorProto.FLOAT
 QUIET = Progress(quiet=True)
+
+
+def feeds_for(spec: PassSpec, images: np.ndarray) -> dict[str, np.ndarray]:
+    rng, dims = np.random.default_rng(1), {"S": 1, "K": 2}
+    slots, weights = np.array([[0, 2]]), np.full((1, 2), 0.5, np.float32)
+    feeds = {"pixel_values": images, "slots": slots, "weights": weights}
+    for tensor in spec.inputs:
+        if tensor.name.startswith("cores."):
+            core = 0.1 * rng.normal(size=shape_with(tensor.shape, dims))
+            feeds[tensor.name] = core.astype(np.float32)
+    return {tensor.name: feeds[tensor.name] for tensor in spec.inputs}
 
 
 def typed_nodes(path: Path) -> list[tuple[onnx.NodeProto, list[int], int]]:
@@ -125,19 +139,8 @@ def test_the_runtimes_bases_are_those_of_the_graph(exported: Path, tmp_path: Pat
 def test_bf16_graphs_agree_with_fp32_in_the_reference_evaluator(exported: Path, tmp_path: Path) -> None:
     source = exported / "bundle"
     images = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
-    rng = np.random.default_rng(1)
     for name, spec in read_manifest(source).passes.items():
-        dims = {"B": 2, "S": 1, "K": 2}
-        feeds = {
-            "pixel_values": images,
-            "slots": np.array([[0, 2]]),
-            "weights": np.full((1, 2), 0.5, np.float32),
-        }
-        for tensor in spec.inputs:
-            if tensor.name.startswith("cores."):
-                side = dims["K"] * int(str(tensor.shape[1]).removeprefix("K*"))
-                feeds[tensor.name] = 0.1 * rng.normal(size=(1, side, side)).astype(np.float32)
-        feeds = {tensor.name: feeds[tensor.name] for tensor in spec.inputs}
+        feeds = feeds_for(spec, images)
         (full,) = onnxruntime.InferenceSession(source / spec.file).run(None, feeds)
         path = write_converted(source / spec.file, tmp_path / name, "bf16")
         (half,) = ReferenceEvaluator(str(path)).run(None, feeds)
@@ -165,3 +168,52 @@ def test_a_weight_beyond_the_range_is_an_error_for_fp16_alone() -> None:
     with pytest.raises(ExportError, match=r"1e\+05 is beyond the range of float16"):
         half_array(weight, HALVES["fp16"], "w")
     assert np.isfinite(half_array(weight, HALVES["bf16"], "w").astype(np.float32)).all()
+
+
+# Emulated half precision
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_emulation_rounds_where_the_typed_graph_does(
+    exported: Path, tmp_path: Path, precision: Precision
+) -> None:
+    source, emulated = exported / "bundle", tmp_path / "emulated"
+    emulated.mkdir()
+    manifest = emulate_bundle(source, emulated, precision)
+    images = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
+    for name, spec in manifest.passes.items():
+        feeds = feeds_for(spec, images)
+        typed = write_converted(source / spec.file, tmp_path / name, precision)
+        (expected,) = ReferenceEvaluator(str(typed)).run(None, feeds)
+        session = onnxruntime.InferenceSession(emulated / spec.file)
+        actual, half, stream = session.run(None, feeds)
+        (full,) = onnxruntime.InferenceSession(source / spec.file).run(None, feeds)
+        step = np.abs(actual - full).max()
+        assert 0 < np.abs(actual - expected).max() < step  # nearer to the typed graph than fp32 is
+        assert 0.1 < half < LARGEST_FP16
+        assert 0.1 < stream < 100
+
+
+def test_the_largest_values_are_those_of_the_pass(exported: Path, tmp_path: Path) -> None:
+    emulate_bundle(exported / "bundle", tmp_path, "bf16")
+    images = sample_images(read_artifact(exported / "merged.safetensors"), 4)
+    extremes = measure_extremes(tmp_path, images)
+    assert extremes.keys() == set(PASSES)
+    twice = measure_extremes(tmp_path, np.concatenate([images, 100 * images]))
+    assert twice["first_pass"].half > 50 * images.max()
+    assert twice["first_pass"].half > extremes["first_pass"].half
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_emulated_bundles_decide_as_the_eager_model(
+    exported: Path, tmp_path: Path, precision: Precision
+) -> None:
+    artifact = read_artifact(exported / "merged.safetensors")
+    emulate_bundle(exported / "bundle", tmp_path, precision)
+    model = MassModel(artifact)
+    parity = check_decisions(
+        tmp_path, sample_images(artifact, 40), lambda batch: model.forward(torch.from_numpy(batch)), QUIET
+    )
+    assert parity.images == 40
+    assert 0 < parity.logits_max_abs < 0.1 * parity.largest_logit
+    assert min(parity.equal_sets, parity.equal_tasks, parity.equal_classes) >= 0.8
