@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mass_export.artifact import Artifact
 from mass_export.graph import Graph
+from mass_export.head_evidence import evidence_scales
 from mass_export.router_spec import Norm, Tap
 from mass_export.routing import COVARIANCE_RIDGE
 from mass_export.second_pass import add_heads
@@ -52,6 +53,7 @@ def add_first_pass(layers: Layers, artifact: Artifact, pixel_values: ir.Value) -
         score = graph.op("Neg", posterior) if score is None else graph.op("Sub", score, posterior)
     assert score is not None
     if router.evidence:
+        assert router.evidence != "auto"
         evidence = standardize_over_tasks(graph, _head_evidence(layers, artifact, last), len(artifact.tasks))
         score = graph.op("Sub", score, graph.op("Mul", evidence, graph.scalar(router.evidence)))
     return score
@@ -167,9 +169,12 @@ def standardize_over_tasks(graph: Graph, values: ir.Value, T: int) -> ir.Value:
 
 
 def _head_evidence(layers: Layers, artifact: Artifact, x: ir.Value) -> ir.Value:
-    """`logsumexp(logits_i) - log C_i` of each head on the first pass' feature: -> [B, T]"""
+    """`logsumexp(k / s_i * logits_i) - log C_i` of each head on the first pass' feature: -> [B, T]"""
     graph = layers.graph
     logits = add_heads(graph, pool(layers, cls_row(layers, x)), artifact.heads)
+    logits = graph.op(
+        "Mul", logits, graph.weight("router.evidence_scales", evidence_scales(artifact.heads).float().numpy())
+    )
     sizes = [len(task.classes) for task in artifact.info.tasks]
     parts = graph.split(logits, sizes, axis=1) if len(sizes) > 1 else [logits]
     claims = [graph.op("ReduceLogSumExp", part, graph.integers(-1), keepdims=1) for part in parts]

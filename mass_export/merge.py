@@ -17,6 +17,7 @@ from mass_export.checkpoint_folder import sha256_of_checkpoint
 from mass_export.checkpoints import load_checkpoint
 from mass_export.factor_cache import FactorCache
 from mass_export.factor_storage import FactorDtype, Storage
+from mass_export.head_evidence import with_evidence_decided
 from mass_export.heads import load_head
 from mass_export.hub import source_name
 from mass_export.lora import sha256_of_adapter
@@ -120,6 +121,7 @@ def merge(
     vision, budget = recipe.vision, recipe.rank_budget
     base = load_checkpoint(recipe.base, vision, allow_pickle=recipe.allow_pickle)
     heads = tuple(load_head(t.head, t.name, t.classes, vision.embed_dim) for t in recipe.tasks)
+    router = with_evidence_decided(recipe.router, heads)
     provenance = _provenance(recipe)
     factorizer = TaskFactorizer(recipe, base, provenance["base"]["sha256"], dtype, progress, cache)
     tasks: list[TaskFactors] = []
@@ -143,7 +145,7 @@ def merge(
         preprocess=recipe.preprocess,
         tasks=tuple(TaskInfo(t.name, t.classes) for t in recipe.tasks),
         merge=recipe.merge,
-        router=recipe.router,
+        router=router,
         rank_ratios=tuple(t.rank_ratio for t in recipe.tasks),
         provenance=provenance,
         ranks=tuple(t.rank for t in recipe.tasks),

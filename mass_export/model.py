@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mass_export.artifact import Artifact, Calibration
+from mass_export.head_evidence import evidence_scales
 from mass_export.merging import merge_sum, merge_tsvm
 from mass_export.routing import (
     combine_taps,
@@ -50,6 +51,7 @@ class MassModel:
         self._calibration = _cast(artifact.calibration, dtype)
         self._head_weight = torch.cat([head.weight for head in artifact.heads]).to(dtype)
         self._head_bias = torch.from_numpy(head_biases(artifact.heads)).to(dtype)
+        self._evidence_scales = evidence_scales(artifact.heads).to(dtype)
         self._merged: OrderedDict[tuple[object, ...], dict[str, Tensor]] = OrderedDict()
 
     @property
@@ -78,9 +80,11 @@ class MassModel:
                 posterior = log_posterior(features[info.calibration.discriminant], calibration)
                 score = score - info.calibration.discriminant_weight * posterior
         if router.evidence:
+            assert router.evidence != "auto"
             feature = encode(self._first_pass, pixel_values, spec)
             sizes = [len(task.classes) for task in self.artifact.info.tasks]
-            evidence = head_evidence(feature, self._head_weight, self._head_bias, sizes)
+            logits = feature @ self._head_weight.T + self._head_bias
+            evidence = head_evidence(logits * self._evidence_scales, sizes)
             score = score - router.evidence * standardize_over_tasks(evidence)
         return score
 

@@ -4,12 +4,12 @@
     base: base.safetensors
     rank_ratio: 0.125               # default 1/T; or `rank: N`; or `rank_budget: 0.1`, allotted by energy
     patch_embed: full               # full | low_rank; how the artifact stores the deltas of conv1
-    base_merge: tsvm                # tsvm | isotropic | mean | zeroshot | {file: merged.safetensors}
+    base_merge: tsvm                # tsvm | isotropic | mean | zeroshot | {file: ..}; zeroshot if router is default
     compose: tsvm                   # tsvm | sum
     sum_weights: uniform            # uniform | gates; for compose: sum
     vectors: mean                   # mean | base
     head_choice: max                # max | mean
-    router: {layer: 9, site: mlp, token: cls, norm: l2, mode: topk, threshold: 0.2, max_tasks: 3}
+    router: default                 # default | paper | {layer: 9, site: mlp, mode: topk, threshold: 0.2, ..}
     tasks:
       - name: cars
         checkpoint: cars.safetensors
@@ -46,7 +46,7 @@ from mass_export.recipe_sources import (
     text,
     zero_shot_head_recipe,
 )
-from mass_export.router_spec import RouterSettings, default_routing_layer
+from mass_export.router_spec import PAPER_ROUTER, RouterSettings, default_router, default_routing_layer
 from mass_export.spec import MergeSettings, PatchEmbed, TaskInfo, VisionSpec
 from runtime.bundle import PreprocessSpec
 
@@ -157,6 +157,7 @@ def load_recipe(path: Path, *, allow_pickle: bool = False) -> Recipe:
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"tasks: the name(s) {', '.join(twice)} are given twice; rename one of them.")
         merge, base_merge_file = _merge_settings(top, path)
+        router = _router_settings(top, vision.layers, path)
         patch_embed: Any = top.get("patch_embed") or "full"
         require_choice("patch_embed", patch_embed, PatchEmbed)
         require(
@@ -176,7 +177,7 @@ def load_recipe(path: Path, *, allow_pickle: bool = False) -> Recipe:
         rank=rank,
         merge=merge,
         base_merge_file=base_merge_file,
-        router=_router_settings(top, vision.layers, path),
+        router=router,
         rank_budget=rank_budget,
         patch_embed=patch_embed,
         allow_pickle=allow_pickle,
@@ -289,6 +290,8 @@ def rank_settings(
 def _merge_settings(top: Mapping[str, Any], path: Path) -> tuple[MergeSettings, Path | None]:
     given = {name: top[name] for name in _MERGE_KEYS if top.get(name) is not None}
     file = None
+    if top.get("router") in (None, "default"):  # this router reads the base
+        given.setdefault("base_merge", "zeroshot")
     if isinstance(given.get("base_merge"), Mapping):
         nested = checked_mapping(given["base_merge"], ("file",), "base_merge", required=("file",))
         given["base_merge"], file = "file", file_source(nested["file"], "base_merge.file", path)
@@ -298,9 +301,18 @@ def _merge_settings(top: Mapping[str, Any], path: Path) -> tuple[MergeSettings, 
 
 
 def _router_settings(top: Mapping[str, Any], layers: int, path: Path) -> RouterSettings:
-    router = RouterSettings.from_mapping(
-        {} if top.get("router") is None else top["router"], str(path), "router"
+    given = top.get("router")
+    if given is None or given == "default":
+        return default_router(layers)
+    if given == "paper":
+        return dataclasses.replace(PAPER_ROUTER, layer=default_routing_layer(layers))
+    require(
+        isinstance(given, Mapping),
+        f"router: expected default, paper or a mapping of settings, got {given!r}.",
     )
+    if given.get("layers") == "all":
+        given = {**given, "layers": list(range(layers))}
+    router = RouterSettings.from_mapping(given, str(path), "router")
     if router.layer is None and router.layers is None:
         return dataclasses.replace(router, layer=default_routing_layer(layers))
     deepest = max(tap.layer for tap in router.taps(layers))

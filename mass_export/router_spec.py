@@ -59,7 +59,8 @@ class RouterSettings(FromMapping):
         standardize: `tasks` turns each tap's residuals into z-scores over the tasks, sample by sample, so that
             no tap dominates the sum.
         evidence: weight of the heads' evidence on the first pass' own feature, standardised over tasks like a
-            tap; 0 leaves it out. The first pass then runs to its end.
+            tap; 0 leaves it out. The first pass then runs to its end. `auto`: 1 if the heads pass the test of
+            `mass_export.head_evidence`, which needs no image, else 0; decided by the merge.
         verify_margin: two best tasks whose scores differ by less are both run, and their heads decide; 0 is off.
         verify_budget: at most this share of a batch is verified, those with the smallest margins, in [0, 1].
         verify_prior: weight of the score difference against the heads' confidence in that decision, >= 0.
@@ -76,7 +77,7 @@ class RouterSettings(FromMapping):
     rank: int | None = None
     layers: tuple[int, ...] | None = None
     standardize: Standardize = "none"
-    evidence: float = 0.0
+    evidence: float | Literal["auto"] = 0.0
     verify_margin: float = 0.0
     verify_budget: float = 1.0
     verify_prior: float = 1.0
@@ -93,6 +94,8 @@ class RouterSettings(FromMapping):
         require_choice("router.standardize", self.standardize, Standardize)
         for name in ("evidence", "verify_margin", "verify_budget", "verify_prior"):
             value = getattr(self, name)
+            if name == "evidence" and value == "auto":
+                continue
             bound = 1 if name == "verify_budget" else float("inf")
             require(
                 is_real(value) and 0 <= value <= bound,
@@ -126,6 +129,29 @@ class RouterSettings(FromMapping):
         layers = (layer,) if self.layers is None else self.layers
         sites: tuple[Site, ...] = ("attn", "mlp") if self.site == "both" else (self.site,)
         return tuple(Tap(i, site) for i in layers for site in sites)
+
+
+# Spelt out: defaults may move on, the paper does not (arXiv 2504.05342, section 4.2).
+PAPER_ROUTER = RouterSettings(
+    site="mlp",
+    token="cls",  # noqa: S106
+    norm="l2",
+    mode="topk",
+    threshold=0.2,
+    temperature=1.0,
+    max_tasks=3,
+)
+
+
+def default_router(depth: int) -> RouterSettings:
+    """The router of a recipe that names none: every mlp input, standardised, with what the heads know; no image.
+
+    Args:
+        depth: number of blocks of the tower.
+    """
+    return RouterSettings(
+        layers=tuple(range(depth)), site="mlp", standardize="tasks", mode="top1", evidence="auto"
+    )
 
 
 def default_routing_layer(layers: int) -> int:

@@ -82,21 +82,19 @@ def log_posterior(z: Tensor, calibration: Calibration) -> Tensor:
     return (z @ calibration.weight.T + calibration.bias).log_softmax(dim=1)
 
 
-def head_evidence(feature: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int]) -> Tensor:
+def head_evidence(logits: Tensor, sizes: Sequence[int]) -> Tensor:
     """How strongly each head claims the feature: `logsumexp(logits_i) - log C_i`, higher is better.
 
     Args:
-        feature: L2-normalised. [B, E]
-        weight: all heads, tasks in order. [sum C, E]
-        bias: [sum C]
+        logits: of all heads, tasks in order, on a common scale; see `mass_export.head_evidence`. [B, sum C]
         sizes: C_i.
 
     Returns:
         evidence [B, T]
     """
-    logits = torch.split(feature @ weight.T + bias, list(sizes), dim=1)
-    log_sizes = torch.tensor(sizes, dtype=feature.dtype).log()
-    return torch.stack([part.logsumexp(dim=1) for part in logits], dim=1) - log_sizes
+    log_sizes = torch.tensor(sizes, dtype=logits.dtype).log()
+    parts = torch.split(logits, list(sizes), dim=1)
+    return torch.stack([part.logsumexp(dim=1) for part in parts], dim=1) - log_sizes
 
 
 def _precision(vh: Tensor) -> Tensor:

@@ -22,21 +22,11 @@ from mass_export.merge import merge
 from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import Recipe, load_recipe
-from mass_export.router_spec import RouterSettings
+from mass_export.router_spec import PAPER_ROUTER
 from mass_export.spec import TaskInfo
 from mass_export.verify import verify_bundle
 from runtime.classifier import Classifier
 
-# Spelt out, because defaults may move on (arXiv 2504.05342, section 4.2; the layer is chosen).
-PAPER_ROUTER = RouterSettings(
-    site="mlp",
-    token="cls",  # noqa: S106
-    norm="l2",
-    mode="topk",
-    threshold=0.2,
-    temperature=1.0,
-    max_tasks=3,
-)
 VERIFIED_IMAGES = 512
 TIMED_IMAGES = 128
 TIMED_REPEATS = 3

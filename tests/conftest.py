@@ -108,7 +108,8 @@ def pico_files(
     """`pico_files(tasks=3, **keys)`: write base, tasks, heads, config and recipe; the recipe's path.
 
     Tasks are named task0, task1, .. with 3, 4, 5, 3, .. classes; even ones have a bias in their head. `keys`
-    are further top-level keys of the recipe, such as `router={"layer": 1}`. `directory` defaults to tmp_path.
+    are further top-level keys of the recipe, such as `router={"layer": 1}`; the router is the paper's unless given,
+    and left out if None. `directory` defaults to tmp_path.
     """
     import torch
     import yaml
@@ -136,7 +137,13 @@ def pico_files(
             classes = [f"{name}-class{label}" for label in range(count)]
             entries.append({"name": name, "checkpoint": file, "head": head, "classes": classes})
         save_file(heads, directory / "heads.safetensors")
-        recipe = {"model": "model.json", "base": "base.safetensors", "tasks": entries, **keys}
+        recipe = {
+            "model": "model.json",
+            "base": "base.safetensors",
+            "tasks": entries,
+            "router": "paper",
+            **keys,
+        }
         path = directory / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe, sort_keys=False))
         return path

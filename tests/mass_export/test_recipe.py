@@ -7,7 +7,7 @@ import yaml
 
 from mass_export.errors import ModelConfigError, RecipeError
 from mass_export.recipe import load_recipe
-from mass_export.router_spec import RouterSettings
+from mass_export.router_spec import RouterSettings, default_router
 from mass_export.spec import MergeSettings
 
 
@@ -26,12 +26,12 @@ def fails(path, pattern, error=RecipeError):
 
 
 def test_a_minimal_recipe_takes_the_defaults(pico_files, pico_vision, pico_model_config):
-    path = pico_files(tasks=4)
+    path = pico_files(tasks=4, router=None)
     recipe = load_recipe(path)
     assert recipe.vision == pico_vision
     assert recipe.model_config == pico_model_config
-    assert recipe.merge == MergeSettings()
-    assert recipe.router == RouterSettings(layer=2)
+    assert recipe.merge == MergeSettings(base_merge="zeroshot")
+    assert recipe.router == default_router(3)
     assert (recipe.rank_ratio, recipe.rank, recipe.base_merge_file) == (0.25, None, None)
     assert [task.name for task in recipe.tasks] == ["task0", "task1", "task2", "task3"]
     assert recipe.tasks[0].head.bias == "task0.bias"
@@ -39,6 +39,18 @@ def test_a_minimal_recipe_takes_the_defaults(pico_files, pico_vision, pico_model
     assert recipe.tasks[1].classes == tuple(f"task1-class{i}" for i in range(4))
     assert recipe.tasks[1].rank_ratio == 0.25
     assert recipe.inputs()[:2] == (path, path.parent / "base.safetensors")
+
+
+def test_routers_have_names(pico_files):
+    paper, default = (load_recipe(pico_files(router=name)) for name in ("paper", "default"))
+    assert paper.router == RouterSettings(layer=2)
+    assert paper.merge == MergeSettings(base_merge="tsvm")
+    assert default.router == default_router(3)
+    assert default.merge == MergeSettings(base_merge="zeroshot")
+    merged = load_recipe(pico_files(router="default", base_merge="tsvm"))
+    assert merged.merge == MergeSettings(base_merge="tsvm")
+    every = load_recipe(pico_files(router={"layers": "all", "rank": 2}))
+    assert every.router == RouterSettings(layers=(0, 1, 2), rank=2)
 
 
 def test_every_key_is_read(pico_files):
@@ -117,7 +129,10 @@ def test_missing_task_keys_are_named(pico_files, key):
             r"tasks\[0\] \(task0\)\.head: unknown key\(s\) baes",
         ),
         (lambda r: r.update(router={"layr": 1}), r"recipe\.yaml: router: unknown key\(s\) layr"),
-        (lambda r: r.update(router=[1]), r"router: expected a mapping with the keys layer, .*got \[1\]"),
+        (
+            lambda r: r.update(router=[1]),
+            r"router: expected default, paper or a mapping of settings, got \[1\]",
+        ),
         (lambda r: r.update(router={"layer": 3}), r"router\.layer: expected 0 to 2 for this model, got 3"),
         (lambda r: r.update(router={"norm": "l0"}), r"recipe\.yaml: router\.norm: expected one of l2"),
         (lambda r: r.update(base_merge="ties"), r"base_merge: expected one of tsvm"),
