@@ -40,7 +40,11 @@ OPTIONS = (
     click.option("--optimization-level", type=click.IntRange(0, 5), help="How much build time to spend."),
     click.option("--version-compatible", is_flag=True, help="Engines also for later versions of TensorRT."),
     click.option("--hardware-compatible", is_flag=True, help="TensorRT: engines also for later GPUs."),
-    click.option("--weight-stripped", is_flag=True, help="Leave the weights to the ONNX files."),
+    click.option(
+        "--weight-stripped",
+        is_flag=True,
+        help="Leave the weights to the ONNX files; TensorRT-RTX needs a GPU for this.",
+    ),
     click.option("--tf32", is_flag=True, help="fp32: let products round their inputs to TF32."),
 )
 

@@ -69,7 +69,9 @@ def _emulate(graph: ir.Graph, half: ir.DataType) -> None:
         if is_residual_stream(node):
             stream.append(node.outputs[0])
         if node.op_type == "Cast" and node.attributes["to"].as_int() == half:
-            largest.append(node.inputs[0])
+            source = node.inputs[0]
+            assert source is not None
+            largest.append(source)
             halves.add(_replaced_by_casts(graph, node, [ir.DataType.FLOAT]))
         elif node.op_type != "Cast" and any(value in halves for value in node.inputs):
             largest.append(node.outputs[0])

@@ -82,15 +82,15 @@ def _started(make: Callable[[], Any], tensorrt: TensorRt, log: Any) -> Any:
 
 
 def _require_gpu_for(settings: EngineSettings, tensorrt: TensorRt) -> None:
-    """TensorRT-RTX runs kernels while it strips weights; without a GPU it ends the whole process."""
+    """TensorRT-RTX runs kernels while it strips weights; without a GPU it fails with a check of its own."""
     if not settings.weight_stripped or tensorrt.flavour != "tensorrt_rtx":
         return
     try:
         compute_capability()
     except BackendError as error:
         raise EngineError(
-            f"weight_stripped: tensorrt_rtx needs a GPU to strip the weights ({error}). Leave the option out, or "
-            "build on a machine with a GPU."
+            f"weight_stripped: tensorrt_rtx needs a GPU to strip the weights. Leave the option out, or build on a "
+            f"machine with a GPU. Here: {error}"
         ) from error
 
 

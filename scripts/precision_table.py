@@ -1,0 +1,129 @@
+"""What fp16 and bf16 change, measured on a CPU: decisions against the eager fp32 model, and the largest values.
+
+    python scripts/precision_table.py --recipe examples/zoo/core.yaml --data examples/zoo
+    python scripts/precision_table.py --bundle build/engines/ViT-B-32-8/bundle --images 2
+
+With a recipe: it is merged and exported, and its half-precision graphs answer images of every task, as typed graphs
+in ONNX Runtime (fp16 alone) and emulated (`mass_export.precision_emulation`). With a bundle: the largest values only,
+on random images.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mass_export.artifact import Artifact, write_artifact
+from mass_export.bundle_precision import convert_bundle
+from mass_export.datasets import load_labelled_images
+from mass_export.gpu_check import random_images
+from mass_export.merge import merge
+from mass_export.model import MassModel
+from mass_export.onnx_export import export_bundle
+from mass_export.precision_check import check_decisions, measure_extremes
+from mass_export.precision_emulation import emulate_bundle
+from mass_export.progress import Progress
+from mass_export.recipe import load_recipe
+from mass_export.report_files import write_json
+from runtime.bundle import read_manifest
+from runtime.classifier import ForwardResult
+from runtime.engine_spec import Precision
+
+HALVES: tuple[Precision, ...] = ("fp16", "bf16")
+
+
+class Remembered:
+    """The eager model, which answers each batch once."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._model = MassModel(artifact)
+        self._known: dict[bytes, ForwardResult] = {}
+
+    def __call__(self, images: NDArray[np.float32]) -> ForwardResult:
+        """As the model's `forward`."""
+        key = images.tobytes()
+        if key not in self._known:
+            self._known[key] = self._model.forward(torch.from_numpy(images))
+        return self._known[key]
+
+
+def rows_of_recipe(recipe: Path, data: Path, split: str, per_task: int) -> list[dict[str, Any]]:
+    """Decisions and largest values of every form of the recipe's bundle."""
+    parsed, progress = load_recipe(recipe), Progress()
+    with tempfile.TemporaryDirectory() as scratch:
+        artifact, file = merge(parsed, progress), Path(scratch) / "merged.safetensors"
+        write_artifact(file, artifact)
+        bundle = export_bundle(artifact, file, Path(scratch) / "bundle", verify=True, progress=progress)
+        images = np.concatenate(
+            [
+                load_labelled_images(data, task, split).sample(per_task).pixel_values(parsed.preprocess)
+                for task in artifact.info.tasks
+            ]
+        )
+        reference, rows = Remembered(artifact), []
+        for name, precision in (("fp32", None), ("typed fp16", "fp16"), *(("emulated", p) for p in HALVES)):
+            directory = bundle
+            if name != "fp32":
+                directory = Path(scratch) / f"{name}-{precision}"
+                directory.mkdir()
+            if name == "typed fp16":
+                convert_bundle(bundle, read_manifest(bundle), directory, "fp16")
+            extremes = {}
+            if name == "emulated":
+                name = f"emulated {precision}"  # noqa: PLW2901
+                emulate_bundle(bundle, directory, precision)
+                extremes = {
+                    key: value.to_dict() for key, value in measure_extremes(directory, images[::16]).items()
+                }
+            parity = check_decisions(directory, images, reference, progress)
+            rows.append({"recipe": str(recipe), "graphs": name, **parity.to_dict(), "largest": extremes})
+            click.echo(json.dumps(rows[-1]))
+        return rows
+
+
+def rows_of_bundle(bundle: Path, count: int) -> list[dict[str, Any]]:
+    """Largest values of a bundle."""
+    rows = []
+    for precision in HALVES:
+        with tempfile.TemporaryDirectory(dir=bundle.parent) as scratch:
+            emulate_bundle(bundle, Path(scratch), precision)
+            extremes = measure_extremes(Path(scratch), random_images(bundle, count, 0))
+        largest = {name: value.to_dict() for name, value in extremes.items()}
+        rows.append({"bundle": str(bundle), "precision": precision, "images": count, "largest": largest})
+        click.echo(json.dumps(rows[-1]))
+    return rows
+
+
+@click.command(help=__doc__)
+@click.option("--recipe", "recipes", multiple=True, type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--data", default=Path("examples/zoo"), show_default=True, type=click.Path(path_type=Path))
+@click.option("--split", default="test", show_default=True)
+@click.option("--per-task", default=100, show_default=True, help="Images of each task, at most.")
+@click.option("--bundle", "bundles", multiple=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option("--images", default=4, show_default=True, help="Random images for each bundle.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+def main(
+    recipes: tuple[Path, ...],
+    data: Path,
+    split: str,
+    per_task: int,
+    bundles: tuple[Path, ...],
+    images: int,
+    json_path: Path | None,
+) -> None:
+    """One line of JSON for each row."""
+    rows = [row for recipe in recipes for row in rows_of_recipe(recipe, data, split, per_task)]
+    rows += [row for bundle in bundles for row in rows_of_bundle(bundle, images)]
+    if json_path is not None:
+        write_json(json_path, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
