@@ -39,7 +39,7 @@ COLUMNS = ("model", "T", "pass", "precision", "time_s", "engine_mb", "graph_mb",
 
 def make_bundle(model: str, tasks: int, out: Path) -> Path:
     """The bundle of random tasks, made if it is not there."""
-    directory = out / f"{model}-{tasks}"
+    directory = out / f"{Path(model).stem}-{tasks}"
     if not (directory / "bundle" / "manifest.json").is_file():
         script = Path(__file__).with_name("bench_material.py")
         command = ["--model", model, "--tasks", str(tasks), "--base-merge", "tsvm", "--out", str(directory)]
