@@ -24,10 +24,13 @@ from mass_export.spec import VisionSpec
 _PREFIX = re.compile(r"(?:(?:module|_orig_mod|model|image_encoder|encoder)\.)*(?:visual\.)?")
 # Parameters that every tower has and no text tower does; they show where the tower is.
 _ANCHORS = ("class_embedding", "conv1.weight", "proj", "ln_post.weight", "ln_post.bias")
+# LayerScale multiplies what a branch adds to the residual stream, and is multiplied into the branch's last layer.
+_LAYER_SCALE = re.compile(r"(transformer\.resblocks\.\d+\.)ls_([12])\.gamma")
+_SCALED = {"1": "attn.out_proj", "2": "mlp.c_proj"}
 # What a full CLIP checkpoint holds besides its vision tower ..
 _TEXT = re.compile(
     r"text_projection(\..+)?|logit_scale|logit_bias|token_embedding\..+|ln_final\..+|attn_mask|text\..+"
-    r"|input_resolution|context_length|vocab_size|classification_head\..+"
+    r"|input_resolution|context_length|vocab_size|classification_head\..+|text_decoder\..+"
 )
 # .. and names that both towers use, which are text only where the vision tower has a prefix of its own.
 _TEXT_TOWER = re.compile(r"transformer\..+|positional_embedding")
@@ -39,7 +42,8 @@ def load_checkpoint(
     """Load a vision tower, alone or of a whole CLIP, from a file or a folder in open_clip's or Hugging Face's layout.
 
     The prefixes `visual.`, `model.visual.`, `module.visual.`, `image_encoder.model.visual.` and the like are
-    stripped, and a text tower is left out.
+    stripped, and a text tower is left out. A tower with LayerScale becomes the plain tower that computes the same:
+    `x + gamma (W h + b)` is `x + (diag(gamma) W) h + gamma b`.
 
     Args:
         path: safetensors, a torch state dict, TorchScript, an index of shards, or a folder with one of them.
@@ -78,13 +82,31 @@ def load_checkpoint(
         if name.startswith(prefix) and not _is_text(name, prefix)
     }
     elsewhere = [name for name in tensors if not name.startswith(prefix) and not _is_text(name, prefix)]
+    if any(_LAYER_SCALE.fullmatch(name) for name in tower):
+        shapes = shapes | _layer_scale_shapes(vision)
     missing = [prefix + name for name in shapes if name not in tower]
     unexpected = [stored for name, stored in tower.items() if name not in shapes] + elsewhere
     if missing or unexpected:
         raise CheckpointKeyError(where, missing, unexpected)
     found = {name: tensors[tower[name]] for name in shapes}
     _check_shapes(found, shapes, where)
-    return float32_parameters(found, where)
+    return _without_layer_scale(float32_parameters(found, where))
+
+
+def _layer_scale_shapes(vision: VisionSpec) -> dict[str, tuple[int, ...]]:
+    return {
+        f"transformer.resblocks.{layer}.ls_{branch}.gamma": (vision.width,)
+        for layer in range(vision.layers)
+        for branch in _SCALED
+    }
+
+
+def _without_layer_scale(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    for match in [match for match in map(_LAYER_SCALE.fullmatch, parameters) if match]:
+        gamma, layer = parameters.pop(match.string), match[1] + _SCALED[match[2]]
+        parameters[f"{layer}.weight"] *= gamma[:, None]
+        parameters[f"{layer}.bias"] *= gamma
+    return parameters
 
 
 def float32_parameters(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -68,7 +68,8 @@ def encode(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]
         stored[f"{name}.delta"] = (merged.double() - tensors[f"base.{name[7:]}"].double()).float()
     for name, tensor in list(stored.items()):
         basis = _BASIS.fullmatch(name)
-        if storage.factor_dtype == "int8" and (basis or (name.startswith("merged.") and tensor.ndim == 2)):
+        wide = basis and ".conv1." not in name
+        if storage.factor_dtype == "int8" and (wide or (name.startswith("merged.") and tensor.ndim == 2)):
             stored[name], stored[f"{name}.scale"] = _quantized(tensor.float(), _axis(name))
         elif basis or _DELTA.fullmatch(name):
             stored[name] = _to_half(name, tensor, half)

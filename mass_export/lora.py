@@ -31,14 +31,20 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # Settings that change what an adapter means, and their values for a plain one.
 _PLAIN: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
     "bias": ("none",),
     "fan_in_fan_out": (False,),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others change the base as well
+    "layer_replication": (None, []),
     "lora_bias": (False,),
     "megatron_config": (None,),
     "modules_to_save": (None, []),
+    "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "use_dora": (False,),
     "use_bdlora": (None, False),
+    "use_qalora": (False,),
 }
 
 
@@ -105,7 +111,7 @@ def load_adapter(path: Path, vision: VisionSpec) -> dict[str, Product]:
         if match is not None and "text_model." in match["module"]:
             continue
         target = None if match is None else _matrix_of(match["module"], inner)
-        if match is None or target is None or target[0] not in shapes:
+        if match is None or target is None or len(shapes.get(target[0], ())) != 2:  # not conv1, not biases
             unexpected.append(name)
             continue
         halves.setdefault(target, {})[match["side"]] = name

@@ -24,10 +24,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "block_type": (None, "default"),
     "final_ln_after_pool": (False,),
     "input_patchnorm": (False,),
-    "ls_init_value": (None,),
-    "output_tokens": (False,),
     "pool_type": ("tok",),
-    "pos_embed_type": ("learnable",),
+    "pos_embed_type": ("learnable", "sin_cos_2d"),  # a table in the checkpoint, either way
     "qk_norm": (False,),
     "scale_attn": (False,),
     "scale_attn_inner": (False,),
@@ -37,9 +35,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "timm_model_name": (None,),
 }
 _READ = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "no_ln_pre", "norm_kwargs"}
-_WITHOUT_EFFECT = {  # only training, or only the towers that _NEUTRAL refuses
+_WITHOUT_EFFECT = {  # only training, a further output, the checkpoint, or only towers that _NEUTRAL refuses
     "attn_pooler_heads",
     "attn_pooler_queries",
+    "ls_init_value",
+    "output_tokens",
     "patch_dropout",
     "timm_drop",
     "timm_drop_path",

@@ -109,7 +109,11 @@ def _open_torch(path: Path, *, archive: bool, allow_pickle: bool) -> dict[str, T
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            if path.suffix == ".safetensors":  # torch would go by the name
+                with path.open("rb") as file:
+                    data = torch.load(file, map_location="cpu", weights_only=True)
+            else:
+                data = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except MemoryError:
         raise
     except Exception as error:  # the unpickler raises nearly anything on hostile or damaged files

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import sys
@@ -93,6 +94,16 @@ def test_a_tower_is_found_under_any_prefix_in_any_format(tmp_path, pico_vision, 
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
     assert same(load_checkpoint(path, pico_vision), tower)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.bin", "a.safetensors", "a"])
+def test_formats_are_told_from_content_whatever_the_name(tmp_path, pico_vision, tower, name):
+    torch.save(tower, tmp_path / name)
+    assert same(load_checkpoint(tmp_path / name, pico_vision), tower)
+    torch.save(tower, tmp_path / name, _use_new_zipfile_serialization=False)
+    assert same(load_checkpoint(tmp_path / name, pico_vision), tower)
+    save_file(tower, tmp_path / name)
+    assert same(load_checkpoint(tmp_path / name, pico_vision), tower)
 
 
 @pytest.mark.parametrize("wrapper", ["", "model.", "module."])
@@ -189,6 +200,55 @@ def test_unusable_values_are_named_at_once(tmp_path, pico_vision, tower):
     assert "proj holds 2 NaN or infinite value(s)" in str(caught.value)
     assert "ln_pre.bias is strided int64, not dense floating point" in str(caught.value)
     assert "ln_pre.weight holds 32" in str(caught.value)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_with_what_differs(tmp_path, pico_vision, pico_tower):
+    wide = dataclasses.replace(pico_vision, width=48, mlp_width=96, patch_size=(4, 4))
+    save_file(pico_tower(0, wide), tmp_path / "wide")
+    with pytest.raises(CheckpointShapeError) as caught:
+        load_checkpoint(tmp_path / "wide", pico_vision)
+    message = str(caught.value)
+    assert "positional_embedding: expected [5, 32], got [17, 48]" in message
+    assert "conv1.weight: expected [32, 3, 8, 8], got [48, 3, 4, 4]" in message
+    assert "same architecture" in message
+    deep = dataclasses.replace(pico_vision, layers=4, ln_pre=False)
+    save_file(pico_tower(0, deep), tmp_path / "deep")
+    with pytest.raises(CheckpointKeyError) as caught:
+        load_checkpoint(tmp_path / "deep", pico_vision)
+    assert "2 missing (ln_pre.bias, ln_pre.weight)" in str(caught.value)
+    assert "12 unexpected (transformer.resblocks.3." in str(caught.value)
+    save_file(
+        {"layer1.0.conv1.weight": torch.zeros(4, 3, 1, 1), "fc.weight": torch.zeros(2, 4)},
+        tmp_path / "resnet",
+    )
+    with pytest.raises(CheckpointKeyError, match=r"missing .*unexpected \(fc\.weight, layer1"):
+        load_checkpoint(tmp_path / "resnet", pico_vision)
+
+
+def test_a_header_that_promises_terabytes_is_refused_without_reserving_them(tmp_path, pico_vision):
+    huge = b'{"proj":{"dtype":"F32","shape":[1099511627776,4],"data_offsets":[0,17592186044416]}}'
+    (tmp_path / "a").write_bytes(safetensors_bytes(huge, b"\0" * 64))
+    with pytest.raises(CheckpointFormatError, match="damaged safetensors"):
+        load_checkpoint(tmp_path / "a", pico_vision)
+    overflow = b'{"proj":{"dtype":"F32","shape":[4611686018427387904,8],"data_offsets":[0,64]}}'
+    (tmp_path / "b").write_bytes(safetensors_bytes(overflow, b"\0" * 64))
+    with pytest.raises(CheckpointFormatError, match="damaged safetensors"):
+        load_checkpoint(tmp_path / "b", pico_vision)
+
+
+@pytest.mark.parametrize("allow_pickle", [False, True])
+def test_an_archive_that_promises_terabytes_is_refused_without_reserving_them(
+    tmp_path, pico_vision, tower, allow_pickle
+):
+    torch.save(tower, tmp_path / "small.pt")
+    with zipfile.ZipFile(tmp_path / "small.pt") as given, zipfile.ZipFile(tmp_path / "huge.pt", "w") as huge:
+        for member in given.infolist():
+            data = given.read(member)
+            if member.filename.endswith("data.pkl"):  # every count and size of 32 becomes 2^31 - 1
+                data = data.replace(b"K\x20", b"J\xff\xff\xff\x7f")
+            huge.writestr(member.filename, data)
+    with pytest.raises((CheckpointFormatError, CheckpointShapeError)):
+        load_checkpoint(tmp_path / "huge.pt", pico_vision, allow_pickle=allow_pickle)
 
 
 class Hostile:

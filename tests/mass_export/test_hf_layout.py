@@ -1,16 +1,20 @@
-"""Hugging Face's layout of CLIP, in files, folders and shards."""
+"""Hugging Face's layout of CLIP, in files, folders and shards; and the same weights in all layouts."""
 
 import json
 
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+import yaml
+from safetensors.torch import load_file, save_file
 
+from mass_export.artifact import read_artifact
 from mass_export.checkpoint_folder import sha256_of_checkpoint
 from mass_export.checkpoints import load_checkpoint
 from mass_export.errors import CheckpointFormatError, CheckpointKeyError, ModelConfigError
 from mass_export.hf_layout import open_clip_layout
+from mass_export.merge_to_file import MergeOptions, merge_to_file
+from mass_export.progress import Progress
 from mass_export.vit import encode
 
 
@@ -207,3 +211,84 @@ def test_a_config_that_contradicts_the_model_is_refused(tmp_path, pico_vision, t
     (tmp_path / "config.json").write_text("not JSON")
     with pytest.raises(ModelConfigError, match="not a JSON model config"):
         load_checkpoint(tmp_path, pico_vision)
+
+
+def as_folder(clip, folder):
+    folder.mkdir()
+    save_file(huggingface_clip(clip), folder / "model.safetensors")
+    act = {"hidden_act": "gelu", "num_attention_heads": 2}
+    (folder / "config.json").write_text(json.dumps({"vision_config": act}))
+
+
+def as_shards(clip, folder):
+    folder.mkdir()
+    write_shards(folder, huggingface_clip(clip), "bin")
+
+
+def towers_state(clip):
+    return {n: t for n, t in clip.state_dict().items() if n.startswith("visual.")}
+
+
+LAYOUTS = {
+    "open_clip": lambda clip, path: torch.save(clip.state_dict(), path),
+    "tower": lambda clip, path: save_file(towers_state(clip), path),
+    "bare tower": lambda clip, path: save_file({n[7:]: t for n, t in towers_state(clip).items()}, path),
+    "nested": lambda clip, path: torch.save(
+        {"state_dict": {f"module.{n}": t for n, t in clip.state_dict().items()}, "epoch": 3}, path
+    ),
+    "float64": lambda clip, path: save_file({n: t.double() for n, t in towers_state(clip).items()}, path),
+    "folder": as_folder,
+    "shards": as_shards,
+}
+
+
+@pytest.fixture
+def merged_as(tmp_path, pico_files, pico_model_config):
+    """`merged_as(write)`: the artifact of three models, each written by `write(clip, path)`."""
+
+    def make(write, name):
+        path = pico_files(directory=tmp_path / name)
+        recipe = yaml.safe_load(path.read_text())
+        for seed, entry in enumerate([recipe, *recipe["tasks"]]):
+            torch.manual_seed(seed // 2)
+            clip = open_clip.CLIP(**pico_model_config)
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                for parameter in clip.parameters():
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+            entry["base" if "base" in entry else "checkpoint"] = f"model{seed}"
+            write(clip, path.parent / f"model{seed}")
+        path.write_text(yaml.safe_dump(recipe))
+        out = path.parent / "merged.safetensors"
+        merge_to_file(path, out, MergeOptions(None, Progress(quiet=True)))
+        return out
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore::mass_export.merging.IllConditionedWarning")
+def test_the_same_weights_in_any_layout_give_the_same_bytes(merged_as):
+    expected = load_file(merged_as(LAYOUTS["open_clip"], "open_clip"))
+    for layout, write in LAYOUTS.items():
+        tensors = load_file(merged_as(write, f"as {layout}"))
+        assert tensors.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(tensors[name], tensor), (layout, name)
+
+
+@pytest.mark.filterwarnings("ignore::mass_export.merging.IllConditionedWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_the_same_factors_within_its_rounding(merged_as, dtype):
+    def half(clip, path):
+        save_file({n: t.to(dtype) for n, t in towers_state(clip).items()}, path)
+
+    full = read_artifact(merged_as(LAYOUTS["tower"], "full"))
+    rounded = read_artifact(merged_as(half, "half"))
+    step = torch.finfo(dtype).eps
+    for mine, given in zip(rounded.tasks, full.tasks, strict=True):
+        for name, matrix in given.matrices.items():
+            largest = 2 * step * float(full.base[name].abs().max()) * max(full.base[name].shape)
+            assert abs(float(mine.matrices[name].s[0] - matrix.s[0])) < largest
+        for name, delta in given.vectors.items():
+            atol = 2 * step * float(full.base[name].abs().max() + delta.abs().max())
+            torch.testing.assert_close(mine.vectors[name], delta, rtol=0, atol=atol)

@@ -111,7 +111,6 @@ def test_config_variants_are_read(pico_model_config):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"ls_init_value": 0.1},
         {"attentional_pool": True},
         {"timm_model_name": "vit"},
         {"pool_type": "avg"},
