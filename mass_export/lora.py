@@ -29,6 +29,7 @@ from runtime.bundle import sha256_of_file
 CONFIG_FILE = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_TEXT = re.compile(r"(?:^|\.)(?:text_model\.|text_projection$)")
 # Settings that change what an adapter means, and their values for a plain one.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
@@ -108,7 +109,7 @@ def load_adapter(path: Path, vision: VisionSpec) -> dict[str, Product]:
     shapes = vision.parameter_shapes()
     for name in tensors:
         match = _TENSOR.fullmatch(name)
-        if match is not None and "text_model." in match["module"]:
+        if match is not None and _TEXT.search(match["module"]):
             continue
         target = None if match is None else _matrix_of(match["module"], inner)
         if match is None or target is None or len(shapes.get(target[0], ())) != 2:  # not conv1, not biases

@@ -119,8 +119,9 @@ def test_the_projection_is_transposed(write_adapter, pico_vision):
     torch.testing.assert_close(dense(load_adapter(path, pico_vision)["proj"]), expected, rtol=0, atol=1e-12)
 
 
-def test_parts_for_the_text_tower_are_left_out(write_adapter, pico_vision):
-    name = "base_model.model.text_model.encoder.layers.0.mlp.fc1.lora_"
+@pytest.mark.parametrize("module", ["text_model.encoder.layers.0.mlp.fc1", "text_projection"])
+def test_parts_for_the_text_tower_are_left_out(write_adapter, pico_vision, module):
+    name = f"base_model.model.{module}.lora_"
     extra = {f"{name}A.weight": torch.ones(2, 16), f"{name}B.weight": torch.ones(64, 2)}
     path, products = write_adapter(["mlp.fc1"], extra=extra)
     loaded = load_adapter(path, pico_vision)
