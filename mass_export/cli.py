@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
@@ -350,6 +350,8 @@ def evaluate(
 )
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(1), help="Timed calls of each.")
 @click.option("--threads", type=click.IntRange(1), help="Threads; every processor by default.")
+@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True,
+              help="cpu: processor time, for a busy machine; needs --threads 1.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; see mass_export.bench.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
 def bench(
@@ -358,6 +360,7 @@ def bench(
     batches: tuple[int, ...],
     rounds: int,
     threads: int | None,
+    clock: Literal["wall", "cpu"],
     *,
     as_json: bool,
     quiet: bool,
@@ -369,7 +372,7 @@ def bench(
     from mass_export.bench import BenchSettings, bench_bundle, bench_table, json_from_bench  # noqa: PLC0415
     from mass_export.progress import Progress  # noqa: PLC0415
 
-    settings = BenchSettings(batches=batches or (1, 8, 32), rounds=rounds, threads=threads)
+    settings = BenchSettings(batches=batches or (1, 8, 32), rounds=rounds, threads=threads, clock=clock)
     result = bench_bundle(bundle, artifact, settings, Progress(quiet=quiet))
     if as_json:
         click.echo(json_from_bench(result), nl=False)

@@ -1,0 +1,102 @@
+"""The one-task graph beside the eager model and the graph that gathers, and the plans that choose between them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mass_export.artifact import read_artifact
+from mass_export.model import MassModel
+from runtime.bundle import read_manifest
+from runtime.classifier import Classifier
+from runtime.errors import BackendError
+from runtime.second_pass import Run, plan_second_pass, run_second_pass
+
+MIXED = [(0,), (2,), (0, 1), (1,), (0,), (1, 2), (0, 1, 2), (2,)]
+
+
+def images(count=8):
+    return np.random.default_rng(3).normal(size=(count, 3, 16, 16)).astype(np.float32)
+
+
+def test_tasks_alone_in_their_set_run_task_by_task_and_larger_sets_by_size():
+    assert plan_second_pass(MIXED, by_task=True) == [
+        Run((0, 4), ((0,),)),
+        Run((3,), ((1,),)),
+        Run((1, 7), ((2,),)),
+        Run((2, 5), ((0, 1), (1, 2))),
+        Run((6,), ((0, 1, 2),)),
+    ]
+
+
+def test_every_sample_is_in_one_run_of_its_own_set():
+    rng = np.random.default_rng(0)
+    sets = [tuple(sorted(rng.choice(5, rng.integers(1, 4), replace=False).tolist())) for _ in range(40)]
+    for by_task in (False, True):
+        runs = plan_second_pass(sets, by_task=by_task)
+        assert sorted(row for run in runs for row in run.samples) == list(range(40))
+        for run in runs:
+            given = run.sets * len(run.samples) if len(run.sets) == 1 else run.sets
+            assert [sets[row] for row in run.samples] == list(given)
+
+
+@pytest.mark.parametrize("vectors", ["mean", "base"])
+@pytest.mark.parametrize("compose", ["tsvm", "sum"])
+def test_a_known_task_equals_the_eager_model(pico_bundle, tmp_path, vectors, compose):
+    _, _, bundle = pico_bundle(vectors=vectors, compose=compose, router={"layer": 1})
+    model = MassModel(read_artifact(tmp_path / "merged.safetensors"))
+    with Classifier(bundle, "cpu", num_threads=1) as classifier:
+        assert classifier.manifest.one_task is not None
+        for task in classifier.tasks:
+            expected = model.forward(torch.from_numpy(images()), tasks=[task])
+            actual = classifier.forward(images(), tasks=[task])
+            np.testing.assert_allclose(actual.logits, expected.logits, rtol=0, atol=1e-4)
+            np.testing.assert_array_equal(actual.class_index, expected.class_index)
+
+
+@pytest.mark.parametrize("keys", [{}, {"rank": 2}, {"vectors": "base"}])
+def test_a_batch_of_sets_of_every_size_equals_the_graph_that_gathers(pico_bundle, keys):
+    _, _, bundle = pico_bundle(router={"layer": 1}, **keys)
+    gates = np.full((len(MIXED), 3), 1 / 3, np.float32)
+    with Classifier(bundle, "cpu", num_threads=1) as classifier:
+        shared = {"pixel_values": images(), "sets": MIXED, "gates": gates}
+        parts = classifier._second, classifier.manifest, classifier._cores
+        gathered = run_second_pass(*parts, **shared)
+        by_task = run_second_pass(*parts, **shared, one_task=classifier._one_task)
+    np.testing.assert_allclose(by_task, gathered, rtol=0, atol=2e-5)
+
+
+def test_the_graph_that_gathers_is_loaded_only_for_sets_of_several_tasks(pico_bundle):
+    _, _, bundle = pico_bundle(router={"layer": 1, "mode": "top1"})
+    with Classifier(bundle, "cpu", num_threads=1) as classifier:
+        classifier.forward(images())
+        assert classifier._second._session is None
+        classifier._second_pass(images(1), [(0, 1)], np.full((1, 3), 0.5, np.float32))
+        assert classifier._second._session is not None
+
+
+def test_a_closed_classifier_runs_no_task(pico_bundle):
+    _, _, bundle = pico_bundle(router={"layer": 1})
+    classifier = Classifier(bundle, "cpu", num_threads=1)
+    classifier.close()
+    with pytest.raises(BackendError, match="closed"):
+        classifier._one_task.run(images(1), 0)
+    with pytest.raises(BackendError, match="closed"):
+        classifier._second.run({})
+
+
+def test_a_bundle_without_the_one_task_graph_still_answers(pico_bundle, tmp_path):
+    from mass_export.bundle_precision import convert_bundle
+
+    _, _, bundle = pico_bundle(router={"layer": 1, "mode": "top1"})
+    half = tmp_path / "half"
+    half.mkdir()
+    convert_bundle(bundle, read_manifest(bundle), half, "fp16")
+    with Classifier(bundle, "cpu", num_threads=1) as full, Classifier(half, "cpu", num_threads=1) as other:
+        assert other.manifest.one_task is None
+        name = full.tasks[1]
+        expected, actual = (c.forward(images(), tasks=[name]) for c in (full, other))
+    np.testing.assert_allclose(
+        actual.logits, expected.logits, rtol=0, atol=0.02 * np.abs(expected.logits).max()
+    )
