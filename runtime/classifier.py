@@ -197,8 +197,8 @@ class Classifier:
 
         Args:
             pixel_values: normalised RGB, finite; a numpy array, or with TensorRT also a contiguous array of another
-                library on the GPU (`__cuda_array_interface__`), which is used where it is and not searched for NaN.
-                [B, 3, H, W] float32
+                library on the GPU (`__cuda_array_interface__`, DLPack), which is used where it is and not searched
+                for NaN. [B, 3, H, W] float32
             tasks: names of the tasks that may answer, None for all. With one there is no first pass.
 
         Raises:

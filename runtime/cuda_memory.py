@@ -39,6 +39,7 @@ class CudaMemory:
 
     Attributes:
         lock: held by whoever enqueues a sequence that belongs together.
+        device: index of the GPU.
     """
 
     def __init__(self, device: int = 0) -> None:
@@ -52,7 +53,7 @@ class CudaMemory:
         """
         self.lock = threading.RLock()
         self._cuda = import_cudart()
-        self._device = device
+        self.device = device
         self._free: dict[tuple[bool, int], list[int]] = {}
         self._owned: dict[int, bool] = {}  # address -> pinned
         self._staged: list[Buffer] = []
@@ -71,7 +72,7 @@ class CudaMemory:
 
     def activate(self) -> None:
         """Make the GPU current in this thread."""
-        self._check(self._cuda.cudaSetDevice(self._device), f"taking GPU {self._device}")
+        self._check(self._cuda.cudaSetDevice(self.device), f"taking GPU {self.device}")
 
     def allocate(self, shape: Sequence[int], dtype: np.dtype[Any]) -> DeviceArray:
         """An array with undefined content."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.dlpack import cuda_device_of, read_dlpack
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,22 +68,33 @@ def row_runs(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 def is_foreign_device_array(value: object) -> bool:
     """Whether another library's array lies on a CUDA GPU."""
-    return not isinstance(value, np.ndarray) and hasattr(value, "__cuda_array_interface__")
+    if isinstance(value, np.ndarray):
+        return False
+    return hasattr(value, "__cuda_array_interface__") or cuda_device_of(value) is not None
 
 
 def device_array_from(value: Any, memory: CudaMemory) -> DeviceArray:
-    """Take over an array that has `__cuda_array_interface__` (torch, cupy, numba, jax), without a copy.
+    """Take over an array that has `__cuda_array_interface__` (torch, cupy, numba) or DLPack, without a copy.
 
-    The stream of `memory` waits for the stream that the array says it is written on.
+    The stream of `memory` waits for the stream that the array is written on.
 
     Raises:
-        InputError: the array is not contiguous.
+        InputError: the array is not contiguous, or on another GPU.
     """
+    if not hasattr(value, "__cuda_array_interface__"):
+        device = cuda_device_of(value)
+        if device != memory.device:
+            raise InputError(
+                f"pixel_values: expected an array on GPU {memory.device}, got one on GPU {device}."
+            )
+        found = read_dlpack(value, int(memory.stream))
+        _require_contiguous(found.shape, found.strides, found.dtype)
+        return DeviceArray(
+            found.address, found.shape, found.dtype, owner=(found.capsule, value), memory=memory
+        )
     interface = value.__cuda_array_interface__
     dtype, shape = np.dtype(interface["typestr"]), tuple(int(n) for n in interface["shape"])
-    strides = interface.get("strides")
-    if strides is not None and tuple(strides) != _contiguous_strides(shape, dtype.itemsize):
-        raise InputError("pixel_values: expected a contiguous array on the GPU; make it so first.")
+    _require_contiguous(shape, interface.get("strides"), dtype)
     # Version 2 names no stream; its producers work on the default one.
     stream = interface.get("stream", LEGACY_STREAM)
     if stream is not None:
@@ -90,5 +102,10 @@ def device_array_from(value: Any, memory: CudaMemory) -> DeviceArray:
     return DeviceArray(int(interface["data"][0]), shape, dtype, owner=value, memory=memory)
 
 
-def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    return tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
+def _require_contiguous(shape: tuple[int, ...], strides: Sequence[int] | None, dtype: np.dtype[Any]) -> None:
+    wanted = tuple(dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    if strides is None:
+        return
+    # The stride of an axis of one element means nothing.
+    if any(n != 1 and ours != theirs for n, ours, theirs in zip(shape, strides, wanted, strict=True)):
+        raise InputError("pixel_values: expected a contiguous array on the GPU; make it so first.")

@@ -245,6 +245,50 @@ def test_arrays_of_other_libraries_are_used_where_they_are(engine_bundle, toy, g
     assert not [e for e in gpu.events if e[:2] == ("copy", "HostToDevice") and e[2] >= pixel_values.nbytes]
 
 
+class ThroughDlpack:
+    """An array of a library that has DLPack alone; the capsule is numpy's."""
+
+    def __init__(self, gpu, array, device=0):
+        address = gpu._allocate(gpu.device, array.nbytes)[1]
+        memory = np.ctypeslib.as_array(gpu.device[address])
+        self.array = memory.view(array.dtype).reshape(array.shape)
+        self.array[:] = array
+        self.device, self.streams = device, []
+
+    def __dlpack_device__(self):
+        return 2, self.device
+
+    def __dlpack__(self, *, stream):
+        self.streams.append(stream)
+        return self.array.__dlpack__()
+
+
+def test_arrays_with_dlpack_are_used_where_they_are(engine_bundle, toy, gpu):
+    pixel_values = toy.pixel_values(6)
+    foreign = ThroughDlpack(gpu, pixel_values)
+    with Classifier(engine_bundle(), "tensorrt") as classifier:
+        expected = classifier.forward(pixel_values[2:])
+        gpu.events.clear()
+        foreign.array = foreign.array[2:]
+        result = classifier.forward(foreign)
+    assert_same_answers(result, expected)
+    assert foreign.streams == [7001]
+    assert not [e for e in gpu.events if e[:2] == ("copy", "HostToDevice") and e[2] >= foreign.array.nbytes]
+
+
+def test_unfit_arrays_with_dlpack_are_input_errors(engine_bundle, toy, gpu):
+    with Classifier(engine_bundle(), "tensorrt") as classifier:
+        flipped, half = ThroughDlpack(gpu, toy.pixel_values(2)), toy.pixel_values(2).astype(np.float16)
+        flipped.array = flipped.array.transpose(0, 1, 3, 2)
+        for unfit, match in (
+            (flipped, "contiguous"),
+            (ThroughDlpack(gpu, half), "expected float32, got float16"),
+            (ThroughDlpack(gpu, toy.pixel_values(2), device=1), "on GPU 0, got one on GPU 1"),
+        ):
+            with pytest.raises(InputError, match=match):
+                classifier.forward(unfit)
+
+
 def test_unfit_arrays_of_other_libraries_are_input_errors(engine_bundle, toy, gpu):
     pixel_values = toy.pixel_values(2)
     with Classifier(engine_bundle(), "tensorrt") as classifier:
