@@ -91,9 +91,8 @@ class OnnxSession:
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
         try:
-            session = onnxruntime.InferenceSession(
-                str(path), options, providers=[wanted], provider_options=[_OPTIONS.get(provider, {})]
-            )
+            chosen = [(wanted, _OPTIONS.get(provider, {}))]
+            session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
         except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
             raise BackendError(f"{path}: ONNX Runtime cannot load the graph ({error}).") from error
         active = session.get_providers()

@@ -73,6 +73,17 @@ def cuda_offered(monkeypatch):
 
 
 @pytest.mark.usefixtures("cuda_offered")
+def test_cuda_does_not_round_products_to_tf32(toy_bundle, monkeypatch):
+    class Started(FallingBack):
+        def get_providers(self):
+            return [name for name, _ in self.providers]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Started)
+    session = OnnxSession(toy_bundle() / "first_pass.onnx", "cuda")
+    assert session._session.providers == [("CUDAExecutionProvider", {"use_tf32": "0"})]
+
+
+@pytest.mark.usefixtures("cuda_offered")
 def test_a_silent_fall_back_is_an_error(toy_bundle, monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", FallingBack)
     with pytest.raises(BackendError, match="provider 'cuda' did not start; ONNX Runtime would run on CPU"):
