@@ -127,7 +127,11 @@ def _find_engines(
     directory: Path, manifest: Manifest, max_batch: int | None
 ) -> tuple[EngineSpec, EngineSpec]:
     """Engines of the bundle, or of the cache; `max_batch` None forbids to build."""
-    capability, installed = compute_capability(), _installed()
+    try:
+        capability = compute_capability()
+    except BackendError as error:
+        raise BackendError(f"TensorRT needs an NVIDIA GPU: {error}") from error
+    installed = _installed()
     if found := choose_engines(manifest, capability):
         return found
     here = ", ".join(f"{flavour} {version}" for flavour, version in installed.items())
