@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,19 @@ import onnxruntime
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from safetensors.torch import load_file, save_file
 
-from mass_export.artifact import read_artifact
+from mass_export.artifact import read_artifact, write_artifact
 from mass_export.bundle_precision import convert_bundle
 from mass_export.errors import ExportError
+from mass_export.merge import merge
 from mass_export.model import MassModel
 from mass_export.onnx_export import export_bundle
 from mass_export.precision import HALVES, half_array, write_converted
 from mass_export.precision_check import LARGEST_FP16, check_decisions, measure_extremes
 from mass_export.precision_emulation import emulate_bundle
 from mass_export.progress import Progress
+from mass_export.recipe import load_recipe
 from mass_export.verify import compare, sample_images
 from runtime.bundle import PassSpec, map_array, read_manifest
 from runtime.classifier import Classifier
@@ -217,3 +221,28 @@ def test_emulated_bundles_decide_as_the_eager_model(
     assert parity.images == 40
     assert 0 < parity.logits_max_abs < 0.1 * parity.largest_logit
     assert min(parity.equal_sets, parity.equal_tasks, parity.equal_classes) >= 0.8
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_residual_stream_beyond_the_range_of_fp16_survives_because_it_is_fp32(
+    pico_files: Callable[..., Path], tmp_path: Path, precision: Precision
+) -> None:
+    tasks = load_recipe(pico_files(tasks=2, router={"layer": 2}))
+    for path in (tasks.base, *(task.checkpoint for task in tasks.tasks)):
+        tower = load_file(path)
+        for index in range(3):  # each block adds 40000 to one channel: in range by itself, beyond it in all
+            tower[f"visual.transformer.resblocks.{index}.mlp.c_proj.bias"][7] = 40000.0
+        save_file(tower, path)
+    artifact = merge(tasks, QUIET)
+    write_artifact(tmp_path / "merged.safetensors", artifact)
+    full = export_bundle(
+        artifact, tmp_path / "merged.safetensors", tmp_path / "full", verify=False, progress=QUIET
+    )
+    (tmp_path / "half").mkdir()
+    emulate_bundle(full, tmp_path / "half", precision)
+    images = sample_images(artifact, 8)
+    for extremes in measure_extremes(tmp_path / "half", images).values():
+        assert extremes.half < LARGEST_FP16 < extremes.stream
+    with Classifier(full, "cpu") as classifier:
+        parity = check_decisions(tmp_path / "half", images, classifier.forward, QUIET)
+    assert parity.equal_classes >= 0.75
