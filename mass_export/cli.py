@@ -20,6 +20,7 @@ from mass_export.engine_options import (
     settings_from_options,
 )
 from mass_export.errors import MassExportError
+from mass_export.serving_commands import add_serving_commands
 
 if TYPE_CHECKING:
     from mass_export.factor_storage import FactorDtype
@@ -416,6 +417,9 @@ def report(scores: Path, out: Path) -> None:
 
     write_text(out, render_report(read_report(scores)))
     click.echo(f"{click.style(f'Wrote {out}', fg='green', bold=True)}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+add_serving_commands(main, _example)
 
 
 def merge_main() -> None:
