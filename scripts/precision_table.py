@@ -10,6 +10,7 @@ on random images.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -32,7 +33,7 @@ from mass_export.precision_emulation import emulate_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
 from mass_export.report_files import write_json
-from runtime.bundle import read_manifest
+from runtime.bundle import GateMode, read_manifest
 from runtime.classifier import ForwardResult
 from runtime.engine_spec import Precision
 
@@ -54,11 +55,16 @@ class Remembered:
         return self._known[key]
 
 
-def rows_of_recipe(recipe: Path, data: Path, split: str, per_task: int) -> list[dict[str, Any]]:
+def rows_of_recipe(
+    recipe: Path, data: Path, split: str, per_task: int, mode: GateMode | None
+) -> list[dict[str, Any]]:
     """Decisions and largest values of every form of the recipe's bundle."""
     parsed, progress = load_recipe(recipe), Progress()
     with tempfile.TemporaryDirectory() as scratch:
         artifact, file = merge(parsed, progress), Path(scratch) / "merged.safetensors"
+        if mode is not None:
+            router = dataclasses.replace(artifact.info.router, mode=mode)
+            artifact = dataclasses.replace(artifact, info=dataclasses.replace(artifact.info, router=router))
         write_artifact(file, artifact)
         bundle = export_bundle(artifact, file, Path(scratch) / "bundle", verify=True, progress=progress)
         images = np.concatenate(
@@ -83,7 +89,16 @@ def rows_of_recipe(recipe: Path, data: Path, split: str, per_task: int) -> list[
                     key: value.to_dict() for key, value in measure_extremes(directory, images[::16]).items()
                 }
             parity = check_decisions(directory, images, reference, progress)
-            rows.append({"recipe": str(recipe), "graphs": name, **parity.to_dict(), "largest": extremes})
+            gates = artifact.info.router.mode
+            rows.append(
+                {
+                    "recipe": str(recipe),
+                    "gates": gates,
+                    "graphs": name,
+                    **parity.to_dict(),
+                    "largest": extremes,
+                }
+            )
             click.echo(json.dumps(rows[-1]))
         return rows
 
@@ -105,6 +120,9 @@ def rows_of_bundle(bundle: Path, count: int) -> list[dict[str, Any]]:
 @click.option("--recipe", "recipes", multiple=True, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--data", default=Path("examples/zoo"), show_default=True, type=click.Path(path_type=Path))
 @click.option("--split", default="test", show_default=True)
+@click.option(
+    "--mode", type=click.Choice(["topk", "top1", "weighted"]), help="Of the gates, not the recipe's."
+)
 @click.option("--per-task", default=100, show_default=True, help="Images of each task, at most.")
 @click.option("--bundle", "bundles", multiple=True, type=click.Path(path_type=Path, file_okay=False))
 @click.option("--images", default=4, show_default=True, help="Random images for each bundle.")
@@ -113,13 +131,14 @@ def main(
     recipes: tuple[Path, ...],
     data: Path,
     split: str,
+    mode: GateMode | None,
     per_task: int,
     bundles: tuple[Path, ...],
     images: int,
     json_path: Path | None,
 ) -> None:
     """One line of JSON for each row."""
-    rows = [row for recipe in recipes for row in rows_of_recipe(recipe, data, split, per_task)]
+    rows = [row for recipe in recipes for row in rows_of_recipe(recipe, data, split, per_task, mode)]
     rows += [row for bundle in bundles for row in rows_of_bundle(bundle, images)]
     if json_path is not None:
         write_json(json_path, {"rows": rows})
