@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,13 @@ def gram(matrix: Tensor) -> Tensor:
     return torch.from_numpy(array.T @ array)  # numpy computes one triangle alone, torch both
 
 
+def eigenpairs(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and their vectors as columns. [N, N] float64 -> [N], [N, N]"""
+    values, vectors = np.linalg.eigh(symmetric.numpy())  # a fifth faster than torch's
+    return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
 def _leading_eigenpairs(symmetric: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest eigenvalues, descending, and their vectors as columns."""
-    values, vectors = torch.linalg.eigh(symmetric)
+    values, vectors = eigenpairs(symmetric)
     return values.flip(0)[:count], vectors.flip(1)[:, :count]

@@ -22,6 +22,7 @@ from mass_export.heads import load_head
 from mass_export.hub import source_name
 from mass_export.lora import sha256_of_adapter
 from mass_export.merging import merge_isotropic, merge_tsvm
+from mass_export.parallel import parallel_map
 from mass_export.progress import Progress
 from mass_export.rank_budget import allot_ranks, rank_caps
 from mass_export.recipe import Recipe, TaskRecipe
@@ -190,8 +191,8 @@ def merge_first_pass(
     """
     if method == "zeroshot":
         return {}
-    merged: dict[str, Tensor] = {}
-    for name, parameter in progress.track(list(base.items()), "Merging the first pass"):
+
+    def parameter(name: str) -> Tensor:
         if name in tasks[0].vectors:
             delta = torch.stack([task.vectors[name].double() for task in tasks]).mean(dim=0)
         elif method == "tsvm":
@@ -200,8 +201,11 @@ def merge_first_pass(
             delta = merge_isotropic(delta_sum[name])
         else:
             delta = delta_sum[name] / len(tasks)
-        merged[name] = (parameter.double() + delta).to(dtype)
-    return merged
+        return (base[name].double() + delta).to(dtype)
+
+    names = list(base)
+    merged = progress.track(parallel_map(parameter, names), "Merging the first pass", total=len(names))
+    return dict(zip(names, merged, strict=True))
 
 
 def _provenance(recipe: Recipe) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mass_export.eigenvectors import GRAM_FROM, gram
+from mass_export.eigenvectors import GRAM_FROM, eigenpairs, gram
 from mass_export.low_rank import LowRank
 
 # Singular directions below this share of the largest are dropped from a polar factor. The runtime's cores use
@@ -71,7 +71,7 @@ def _polar(stack: Tensor) -> tuple[Tensor, Tensor]:
     if stack.shape[1] < GRAM_FROM:
         p, sigma, qh = torch.linalg.svd(stack, full_matrices=False)
         return (p * (sigma > RELATIVE_CUTOFF * sigma[0])) @ qh, sigma
-    values, vectors = torch.linalg.eigh(gram(stack))
+    values, vectors = eigenpairs(gram(stack))
     sigma = values.clamp_min(0).sqrt().flip(0)
     kept = values.clamp_min(0).sqrt() > RELATIVE_CUTOFF * sigma[0]
     if not kept.any():

@@ -13,6 +13,7 @@ from mass_export.artifact import TaskFactors
 from mass_export.checkpoints import load_checkpoint
 from mass_export.lora import Product, adapted_tower, load_adapter
 from mass_export.low_rank import LowRank, factorize, factorize_product
+from mass_export.parallel import parallel_map
 from mass_export.progress import Progress
 from mass_export.recipe import Recipe, TaskRecipe
 from mass_export.spec import VisionSpec, rank_of
@@ -51,7 +52,7 @@ def open_task_vector(task: TaskRecipe, recipe: Recipe, base: Mapping[str, Tensor
     """Load a task's checkpoint or adapter."""
     if not task.is_adapter:
         tower = load_task_tower(task, recipe, base)
-        return TaskVector(lambda name: tower[name].double() - base[name].double())
+        return TaskVector(lambda name: tower[name].double().sub_(base[name]))
     products = load_adapter(task.checkpoint, recipe.vision)
 
     def delta(name: str) -> Delta:
@@ -82,16 +83,16 @@ def factorize_task(
         progress: where to show it.
         label: what to call the task there.
     """
-    matrices: dict[str, LowRank] = {}
-    vectors: dict[str, Tensor] = {}
-    for name in progress.track(list(vision.parameter_shapes()), label):
-        delta = task_vector.delta(name)
-        if name in ranks:
-            matrices[name] = factorize_delta(delta, ranks[name]).to(dtype)
-        else:
-            assert isinstance(delta, Tensor)
-            vectors[name] = delta.to(dtype)
-    return TaskFactors(matrices, vectors)
+    vectors = {
+        name: task_vector.dense(name).to(dtype) for name in vision.parameter_shapes() if name not in ranks
+    }
+
+    def factors(name: str) -> LowRank:
+        return factorize_delta(task_vector.delta(name), ranks[name]).to(dtype)
+
+    names = list(ranks)
+    found = progress.track(parallel_map(factors, names), label, total=len(names))
+    return TaskFactors(dict(zip(names, found, strict=True)), vectors)
 
 
 def factorize_delta(delta: Delta, rank: int) -> LowRank:
