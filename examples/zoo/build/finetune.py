@@ -51,40 +51,40 @@ class FinetuneSettings:
 
     steps: int = 800
     batch: int = 64
-    peak_lr: float = 1e-3
+    peak_lr: float = 3e-4
     warmup: int = 100
-    weight_decay: float = 0.05
+    weight_decay: float = 0.0
     ema: float = 0.99
     smoothing: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
 SETTINGS = {
-    "mnist": FinetuneSettings(steps=700, augmentation=Augmentation(rotate=10, shear=0.12, erase=0, brightness=0.1)),
-    "fashion": FinetuneSettings(steps=600, augmentation=Augmentation(rotate=4, mirror=True, zoom=(0.9, 1.15))),
-    "animals": FinetuneSettings(steps=800, augmentation=Augmentation(rotate=10, mirror=True, zoom=(0.85, 1.25))),
+    "mnist": FinetuneSettings(augmentation=Augmentation(rotate=10, shear=0.12, erase=0, brightness=0.1)),
+    "fashion": FinetuneSettings(augmentation=Augmentation(rotate=4, mirror=True, zoom=(0.9, 1.15))),
+    "animals": FinetuneSettings(augmentation=Augmentation(rotate=10, mirror=True, zoom=(0.85, 1.25))),
     "letters": FinetuneSettings(steps=1000, augmentation=Augmentation(rotate=8, shear=0.12, erase=0)),
-    "icons": FinetuneSettings(steps=900, augmentation=Augmentation(rotate=6, erase=0.1)),
+    "icons": FinetuneSettings(augmentation=Augmentation(rotate=6, erase=0.1)),
     "flags": FinetuneSettings(
-        steps=900, augmentation=Augmentation(
+        augmentation=Augmentation(
             zoom=(0.75, 1.3), stretch=0.25, rotate=10, shear=0.1, shift=0.1, brightness=0.3, saturation=0.3, hue=8
         )
     ),
     "planets": FinetuneSettings(
-        steps=800, augmentation=Augmentation(
+        augmentation=Augmentation(
             zoom=(0.95, 1.35), rotate=10, mirror=True, flip=True, brightness=0.15, saturation=0.1,
             padding="reflection", shift=0.05, erase=0.1,
         )
     ),
     "sprites": FinetuneSettings(
-        steps=800, augmentation=Augmentation(zoom=(0.8, 1.3), mirror=True, saturation=0.2, hue=6, brightness=0.25)
+        augmentation=Augmentation(zoom=(0.8, 1.3), mirror=True, saturation=0.2, hue=6, brightness=0.25)
     ),
     "cards": FinetuneSettings(
-        steps=700, augmentation=Augmentation(
+        augmentation=Augmentation(
             zoom=(0.85, 1.25), rotate=5, saturation=0.3, hue=15, grey=0.1, brightness=0.25
         )
     ),
-    "emoji": FinetuneSettings(steps=700, augmentation=Augmentation(mirror=True, saturation=0.2, hue=8)),
+    "emoji": FinetuneSettings(augmentation=Augmentation(mirror=True, saturation=0.2, hue=8)),
 }  # fmt: skip
 
 
