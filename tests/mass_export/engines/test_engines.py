@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ import pytest
 from click.testing import CliRunner
 
 from mass_export import engine_bundle
+from mass_export.artifact import write_artifact
 from mass_export.cli import main
 from mass_export.engine_bundle import build_engines
+from mass_export.merge import merge
+from mass_export.onnx_export import export_bundle
 from mass_export.precision import write_converted
 from mass_export.progress import Progress
+from mass_export.recipe import load_recipe
 from runtime.bundle import FIRST_PASS, SECOND_PASS, check_files, read_manifest
 from runtime.cuda_device import compute_capability
 from runtime.engine_build import build_engine
@@ -91,6 +96,34 @@ def test_the_parsed_network_has_the_manifests_tensors_and_only_the_graphs_types(
     assert set(layers["NORMALIZATION"]) | set(layers["SOFTMAX"]) | set(layers["REDUCE"]) == {"float32"}
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"router": {"layer": 0, "site": "attn", "token": "mean", "norm": "l1"}},
+        {"router": {"layers": [0, 2], "site": "both", "standardize": "tasks", "evidence": 0.5}},
+        {"router": {"norm": "mahalanobis", "mode": "weighted"}, "base_merge": "zeroshot"},
+        {"router": "default"},
+        {"compose": "sum", "sum_weights": "gates", "vectors": "base"},
+        {"compose": "sum", "head_choice": "mean"},
+    ],
+    ids=str,
+)
+def test_the_parser_takes_every_kind_of_router_and_merge_in_half_precision(
+    pico_files: Callable[..., Path], tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    artifact = merge(load_recipe(pico_files(tasks=3, **keys)), QUIET)
+    write_artifact(tmp_path / "merged.safetensors", artifact)
+    bundle = export_bundle(
+        artifact, tmp_path / "merged.safetensors", tmp_path / "bundle", verify=False, progress=QUIET
+    )
+    for name, spec in read_manifest(bundle).passes.items():
+        onnx_file = write_converted(bundle / spec.file, tmp_path / name, "fp16")
+        network, *_keep = parsed(onnx_file)
+        check_network(network, spec, onnx_file)
+        products = layer_precisions(network)["MATRIX_MULTIPLY"]
+        assert products["float16"] >= 1
+
+
 def test_another_graph_than_the_manifest_describes_is_refused(exported: Path) -> None:
     passes = read_manifest(exported / "bundle").passes
     onnx_file = exported / "bundle" / passes[FIRST_PASS].file
@@ -140,9 +173,7 @@ def test_stripping_weights_without_a_gpu_is_refused_with_the_reason(
         raise BackendError("no CUDA-capable device is detected")
 
     monkeypatch.setattr("runtime.engine_build.compute_capability", no_gpu)
-    with pytest.raises(
-        EngineError, match=r"weight_stripped: tensorrt_rtx needs a GPU .*no CUDA-cap"
-    ):
+    with pytest.raises(EngineError, match=r"weight_stripped: tensorrt_rtx needs a GPU .*no CUDA-cap"):
         first_pass_engine(exported / "bundle", EngineSettings(weight_stripped=True))
 
 
