@@ -42,10 +42,11 @@ async def read_request(request: Request, limits: Limits) -> Intake:
         intake = _from_json(await request.body(), tasks, top_k)
     elif kind == "multipart/form-data":
         try:
-            form = await request.form(max_files=limits.max_images + 1, max_fields=64, max_part_size=1 << 16)
+            parts = request.form(max_files=limits.max_images + 1, max_fields=64, max_part_size=1 << 16)
+            async with parts as form:
+                intake = await _from_form(form, tasks, top_k)
         except HTTPException as error:
             raise RequestProblem(400, f"multipart body: {error.detail}.") from error
-        intake = await _from_form(form, tasks, top_k)
     elif kind == "application/x-www-form-urlencoded":
         raise RequestProblem(
             415, "content type: an image cannot be sent as URL-encoded form; send its bytes as image/*."

@@ -1,0 +1,365 @@
+"""Measure serving on this machine alone: what it costs, how it scales, and what happens when things break.
+
+    python scripts/load_test.py throughput --bundle engines/ --data examples/zoo --out docs/serving
+    python scripts/load_test.py faults ...; nodes ...; draw ...
+
+Every stage starts its own server, bounded in requests and time, and writes OUT/STAGE.json; `draw` makes the picture.
+Direct and served segments take turns, so that what else the machine does hits both; their ratio is what counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from load_client import Call, Tally, aborting_client, post, run_clients, slow_client
+from PIL import Image
+
+from runtime.serving.engine import Engine, Work
+
+PORT = 8765
+SEGMENTS = 10
+Job = tuple[list[tuple[str, bytes]], tuple[str, ...], Call]
+
+
+def encoded_images(data: Path, count: int) -> list[tuple[str, bytes]]:
+    """(task, PNG) of test images, tasks mixed."""
+    found = []
+    for file in sorted(data.glob("data/*/test.npz")):
+        for pixels in np.load(file)["images"][: count // 8]:
+            out = BytesIO()
+            Image.fromarray(pixels).save(out, "PNG")
+            found.append((file.parent.name, out.getvalue()))
+    order = np.random.default_rng(0).permutation(len(found))
+    return [found[i] for i in order]
+
+
+def jobs_from_images(engine: Engine, images: Sequence[tuple[str, bytes]], per_request: int) -> list[Job]:
+    """Requests with what the classifier itself answers: half any task, a quarter the right one, a quarter two."""
+    jobs = []
+    known = [pair for pair in images if pair[0] in engine.tasks]
+    for number, start in enumerate(range(0, len(known) - per_request + 1, per_request)):
+        part = known[start : start + per_request]
+        named = [(str(index), content) for index, (_, content) in enumerate(part)]
+        one = part[0][0]
+        other = engine.tasks[(engine.tasks.index(one) + 3) % len(engine.tasks)]
+        tasks = ((), (one,), (), (one, other))[number % 4]
+        asked = list(tasks) or None
+        pixels = engine.work(named, asked, 5, 10**7).pixel_values
+        found = engine.run([Work(pixels, engine.known_tasks(asked), 5)])[0]
+        path = "/v1/classify" + (f"?tasks={','.join(tasks)}" if tasks else "")
+        if per_request == 1:
+            data = post(path, named[0][1], "image/png")
+        else:
+            parts = [
+                b'--b\r\ncontent-disposition: form-data; name="image"; filename="%d"\r\n\r\n%s\r\n'
+                % (i, content)
+                for i, (_, content) in enumerate(named)
+            ]
+            data = post(path, b"".join(parts) + b"--b--\r\n", "multipart/form-data; boundary=b")
+        jobs.append((named, tasks, Call(data, [(p.task, p.label, p.score) for p in found])))
+    return jobs
+
+
+def direct(engine: Engine, jobs: Sequence[Job], batch_size: int) -> float:
+    """Seconds of the same work in a loop in this process, in batches of the size the server uses."""
+    start = time.perf_counter()
+    batch: list[Work] = []
+    for images, tasks, _ in jobs:
+        batch.append(engine.work(images, list(tasks) or None, 5, 10**7))
+        if sum(map(len, batch)) >= batch_size:
+            engine.run(batch)
+            batch = []
+    if batch:
+        engine.run(batch)
+    return time.perf_counter() - start
+
+
+@contextmanager
+def server(bundle: Path, **options: Any) -> Iterator[int]:
+    """A server process of its own; its process id."""
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    command = [
+        sys.executable,
+        "-m",
+        "runtime.serving",
+        "serve",
+        "--bundle",
+        str(bundle),
+        f"--port={PORT}",
+        *words,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_ready(process)
+        yield process.pid
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(90)
+
+
+def wait_ready(process: subprocess.Popen[bytes]) -> None:
+    """Until a replica is warm."""
+    for _ in range(360):
+        try:
+            fetch("/readyz")
+        except OSError:
+            if process.poll() is not None:
+                raise click.ClickException("the server ended before it was ready") from None
+            time.sleep(0.5)
+        else:
+            return
+    raise click.ClickException("the server was not ready within 180 s")
+
+
+def fetch(path: str) -> str:
+    """GET from the server."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}", timeout=5) as response:
+        return str(response.read().decode())
+
+
+def batch_counts() -> dict[str, float]:
+    """Batches so far, and images in them, from the server's metrics; by size at most."""
+    text = fetch("/metrics")
+    counts = {
+        f"<= {edge}": float(n)
+        for edge, n in re.findall(r'mass_batch_images_bucket{le="([\d.]+)".*} (\S+)', text)
+    }
+    for key in ("sum", "count"):
+        counts[key] = sum(float(n) for n in re.findall(rf"mass_batch_images_{key}{{.*}} (\S+)", text))
+    return counts
+
+
+def replica_pids() -> list[int]:
+    """Processes of replicas on this machine."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if b"ServeReplica:mass" in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def memory_mib(pids: Sequence[int]) -> float:
+    """Resident memory of processes."""
+    pages = 0
+    for pid in pids:
+        try:
+            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        except OSError:
+            continue
+    return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and 99th percentile in ms."""
+    return {
+        "p50_ms": 1000 * float(np.quantile(seconds, 0.5)),
+        "p99_ms": 1000 * float(np.quantile(seconds, 0.99)),
+    }
+
+
+def measure(
+    engine: Engine, jobs: Sequence[Job], requests: int, clients: int, batch_size: int
+) -> dict[str, Any]:
+    """Segments of direct calls and of requests in turns."""
+    per_image = len(jobs[0][0])
+    each = requests // SEGMENTS
+    order = [jobs[i % len(jobs)] for i in range(requests)]
+    tally, ratios, direct_rates, served_rates = Tally(), [], [], []
+    before = batch_counts()
+    for segment in range(SEGMENTS):
+        part = order[segment * each : (segment + 1) * each]
+        alone = direct(engine, part, batch_size)
+        served = asyncio.run(run_clients(PORT, [call for *_, call in part], clients, tally))
+        ratios.append(alone / served)
+        direct_rates.append(len(part) * per_image / alone)
+        served_rates.append(len(part) * per_image / served)
+    after = batch_counts()
+    batches = after["count"] - before["count"]
+    return {
+        "images_per_request": per_image,
+        "requests": len(tally.answers),
+        "clients": clients,
+        "statuses": tally.statuses(),
+        "wrong": tally.wrong,
+        "largest_score_difference": tally.largest_difference,
+        "direct_images_per_s": statistics.median(direct_rates),
+        "served_images_per_s": statistics.median(served_rates),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        **quantiles([latency for _, latency, status in tally.answers if status == 200]),
+        "batches": batches,
+        "mean_batch": (after["sum"] - before["sum"]) / batches,
+        "batches_up_to": {key: after[key] - before.get(key, 0) for key in after if key.startswith("<=")},
+    }
+
+
+def overhead(engine: Engine, images: Sequence[tuple[str, bytes]]) -> list[dict[str, float]]:
+    """One client, one request at a time: latency against a direct call, by images in a request."""
+    rows = []
+    for size in (1, 2, 4, 8, 16, 32):
+        jobs = [job for job in jobs_from_images(engine, images[: size * 40], size) if not job[1]]
+        alone, served = [], []
+        for job in jobs:
+            alone.append(direct(engine, [job], 32))
+            tally = Tally()
+            asyncio.run(run_clients(PORT, [job[2]] * 3, 1, tally))
+            served.append(tally.answers[-1][1])
+        row = {
+            "images": size,
+            "direct_ms": 1000 * statistics.median(alone),
+            "served_ms": 1000 * statistics.median(served),
+        }
+        rows.append({**row, "overhead_ms": row["served_ms"] - row["direct_ms"]})
+    return rows
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    """See the module."""
+
+
+def common(command: Any) -> Any:
+    """Options of every stage."""
+    for option in (
+        click.option("--bundle", required=True, type=click.Path(path_type=Path)),
+        click.option("--data", default=Path("examples/zoo"), type=click.Path(path_type=Path)),
+        click.option("--out", default=Path("docs/serving"), type=click.Path(path_type=Path)),
+    ):
+        command = option(command)
+    return command
+
+
+def save(out: Path, stage: str, result: dict[str, Any]) -> None:
+    """Write and show a stage's figures."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"processors": os.cpu_count(), "load_average": os.getloadavg(), **result}, indent=1)
+    (out / f"{stage}.json").write_text(text + "\n")
+    click.echo(text)
+
+
+@main.command()
+@common
+@click.option("--requests", default=10_000, show_default=True)
+@click.option("--batch-wait", default=0.005, show_default=True)
+@click.option("--skip-overhead", is_flag=True)
+def throughput(
+    bundle: Path, data: Path, out: Path, requests: int, batch_wait: float, *, skip_overhead: bool
+) -> None:
+    """32 clients, mixed tasks, every answer compared; requests of 1 and of 8 images; overhead."""
+    threads = os.cpu_count() or 1
+    engine = Engine(str(bundle), provider="cpu", threads=threads)
+    images = encoded_images(data, 4000)
+    with server(bundle, provider="cpu", threads=threads, batch_wait=batch_wait):
+        result: dict[str, Any] = {"batch_wait_s": batch_wait, "threads": threads}
+        result["one_image"] = measure(engine, jobs_from_images(engine, images, 1), requests, 32, 32)
+        result["eight_images"] = measure(engine, jobs_from_images(engine, images, 8), requests // 8, 32, 32)
+        if not skip_overhead:
+            result["overhead"] = overhead(engine, images)
+    save(out, "throughput", result)
+
+
+@main.command()
+@common
+@click.option("--requests", default=2000, show_default=True)
+def replicas(bundle: Path, data: Path, out: Path, requests: int) -> None:
+    """One and two replicas with a thread each."""
+    engine = Engine(str(bundle), provider="cpu", threads=1)
+    jobs = jobs_from_images(engine, encoded_images(data, 4000), 8)
+    rows = {}
+    for count in (1, 2):
+        with server(bundle, provider="cpu", threads=1, replicas=count):
+            rows[str(count)] = measure(engine, jobs, requests, 32, 32)
+    save(out, "replicas", rows)
+
+
+@main.command()
+@common
+@click.option("--seconds", default=12.0, show_default=True, help="Of each phase.")
+def faults(bundle: Path, data: Path, out: Path, seconds: float) -> None:
+    """A replica killed, damaged images, slow and aborting clients, oversized bodies, twice the load."""
+    engine = Engine(str(bundle), provider="cpu", threads=1)
+    jobs = jobs_from_images(engine, encoded_images(data, 2000), 1)
+    limits = {"max_body_mib": 1, "max_ongoing": 16, "max_queued": 32, "body_timeout": 4}
+    with server(bundle, provider="cpu", threads=1, replicas=2, **limits) as pid:
+        save(out, "faults", asyncio.run(fault_phases([call for *_, call in jobs], seconds, pid)))
+
+
+async def fault_phases(calls: list[Call], seconds: float, pid: int) -> dict[str, Any]:
+    """Each fault under the load of 16 clients."""
+    damaged = [
+        c if i % 20 else Call(post("/v1/classify", b"\x89PNG broken", "image/png"), None)
+        for i, c in enumerate(calls)
+    ]
+    huge = Call(post("/v1/classify", bytes(3 << 20), "image/png"), None)
+    origin, phases, memory = time.perf_counter(), [], []
+    watched: set[int] = set()
+
+    async def watch_memory() -> None:
+        while True:
+            watched.update(replica_pids())
+            memory.append((time.perf_counter() - origin, memory_mib(replica_pids())))
+            await asyncio.sleep(1)
+
+    async def phase(name: str, traffic: list[Call], clients: int = 16, *others: Any) -> None:
+        tally, start = Tally(), time.perf_counter() - origin
+        _, *told = await asyncio.gather(run_clients(PORT, traffic, clients, tally, seconds=seconds), *others)
+        good = [latency for _, latency, status in tally.answers if status == 200]
+        phases.append(
+            {
+                "phase": name,
+                "start_s": start,
+                "clients": clients,
+                "statuses": tally.statuses(),
+                "wrong": tally.wrong,
+                **(quantiles(good) if good else {}),
+                "answered_per_s": len(good) / seconds,
+                "others": told,
+                "replicas_at_end": len(replica_pids()),
+                "answers": [(end - origin, latency, status) for end, latency, status in tally.answers],
+            }
+        )
+        click.echo({key: value for key, value in phases[-1].items() if key != "answers"}, err=True)
+
+    async def kill_one() -> int:
+        await asyncio.sleep(seconds / 4)
+        victim = replica_pids()[0]
+        os.kill(victim, signal.SIGKILL)
+        return victim
+
+    watcher = asyncio.create_task(watch_memory())
+    await phase("warm", calls)
+    await phase("normal", calls)
+    await phase("a replica killed", calls, 16, kill_one())
+    await phase("5% damaged images", damaged)
+    sluggish = [slow_client(PORT, calls[0].data, seconds) for _ in range(16)]
+    await phase("slow clients", calls, 16, *sluggish)
+    await phase("aborting clients", calls, 16, aborting_client(PORT, calls, seconds))
+    await phase("oversized bodies", [huge if i % 10 == 0 else call for i, call in enumerate(calls)])
+    await phase("four times the clients", calls, 128)
+    await phase("normal again", calls)
+    watcher.cancel()
+    return {"server": pid, "phases": phases, "memory_mib": memory}
+
+
+if __name__ == "__main__":
+    main()
