@@ -33,7 +33,8 @@ class Parity:
     Attributes:
         images: how many were compared.
         logits_max_abs: largest absolute difference of a logit, on images with equal sets.
-        residuals_max_rel: largest relative difference of a residual.
+        residuals_max_rel: largest difference of a residual, relative to the image's largest; a standardised one may
+            be zero itself.
         gates_max_abs: largest absolute difference of a gate.
         equal_sets, equal_tasks, equal_classes: shares of images with the same set, task, and class, 0..1.
         largest_logit: largest absolute logit of the reference.
@@ -129,7 +130,7 @@ def compare(expected: ForwardResult, actual: ForwardResult) -> Parity:
     """Differences of one batch; `expected` is the reference."""
     residuals = 0.0
     if expected.residuals is not None and actual.residuals is not None:
-        scale = np.maximum(np.abs(expected.residuals), 1e-6)
+        scale = np.maximum(np.abs(expected.residuals).max(axis=1, keepdims=True), 1e-6)
         residuals = float(np.max(np.abs(actual.residuals - expected.residuals) / scale))
     same_model = (actual.selected == expected.selected).all(axis=1)
     logits = np.abs(actual.logits - expected.logits)[same_model]
