@@ -140,6 +140,7 @@ def merge(
     help="Of the graphs; with --backend tensorrt of the engines, and the graphs stay fp32.",
 )  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle with the eager model.")
+@click.option("--triton", type=DIRECTORY, help="Also write a model repository for NVIDIA Triton here.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
 @engine_options
 def export(
@@ -149,6 +150,7 @@ def export(
     backend: str,
     precision: Precision,
     no_verify: bool,
+    triton: Path | None,
     quiet: bool,
     **engine: Any,
 ) -> None:
@@ -178,6 +180,10 @@ def export(
     )
     checked = "not verified" if no_verify else "verified"
     what = f"{precision} engines" if with_engines else precision
+    if triton is not None:
+        from mass_export.triton_repository import write_triton_repository  # noqa: PLC0415
+
+        write_triton_repository(bundle, triton)
     _summarise(bundle, f"{len(loaded.info.tasks)} tasks, {what}, {checked}", start)
 
 
