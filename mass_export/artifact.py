@@ -9,7 +9,7 @@ The header's metadata holds `format`, `schema_version` and `info` (an `ArtifactI
     router.<task>.<parameter>.vh         the router's basis at the tap that <parameter> reads: [R, D]
     heads.<task>.weight|bias             [C, E], [C]; the bias is optional
     calibration.offset|scale             mean and spread of each task's residual at each tap: [L, T]; optional
-    calibration.weight|bias              linear discriminant: [T, D], [T]; optional
+    calibration.weight|bias              linear discriminant over M taps: [T, M*D], [T]; optional
 
 Tensors are float32, float16 or bfloat16 in the file, or encoded (`mass_export.factor_storage`), and float32 once
 read. Equal artifacts give equal bytes.
@@ -54,7 +54,7 @@ class Calibration:
     Attributes:
         offset: subtracted from each tap's residuals. [L, T]
         scale: then divides them, > 0. [L, T]
-        weight: linear discriminant on the feature at `info.calibration.discriminant`. [T, D] or None
+        weight: linear discriminant on the features at `info.calibration.discriminant`, M taps. [T, M*D] or None
         bias: [T] or None
     """
 
@@ -226,8 +226,9 @@ def _expected_shapes(info: ArtifactInfo) -> dict[str, tuple[int, ...]]:
     if info.calibration is not None:
         table = (len(info.taps()), len(info.tasks))
         expected |= {"calibration.offset": table, "calibration.scale": table}
-        if info.calibration.discriminant is not None:
-            expected["calibration.weight"] = (len(info.tasks), vision.width)
+        if info.calibration.discriminant:
+            read = len(info.calibration.discriminant) * vision.width
+            expected["calibration.weight"] = (len(info.tasks), read)
             expected["calibration.bias"] = (len(info.tasks),)
     return expected
 

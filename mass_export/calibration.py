@@ -3,9 +3,10 @@
 Three levels, by what one may know:
 
 - `synthetic`: nothing. Images made from noise show which residuals are small for any input at all.
-- `pool`: unlabelled images. Mean and spread of each task's residual at each tap remove the per-task bias.
-- `task_images`: a few images a task, no class labels. A linear discriminant with shrunk covariance on one
-  tap's feature names the task, from a layer early enough that the first pass gets shorter.
+- `pool`: unlabelled images. Mean and spread of each task's residual at each tap remove the per-task bias where no
+  head evidence does. The router's own answers then serve as labels, once, for the discriminant below.
+- `task_images`: a few images a task, no class labels. A linear discriminant with shrunk covariance names the task. It
+  reads all mlp inputs up to a block that is early enough for the first pass to get shorter.
 
 Statistics are computed in float64.
 """
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from mass_export.artifact import Artifact, Calibration
 from mass_export.errors import DataError
+from mass_export.model import MassModel
 from mass_export.progress import Progress
-from mass_export.router_spec import CalibrationInfo, Site, Tap
+from mass_export.router_spec import CalibrationInfo, Tap, default_routing_layer
 from mass_export.routing import projection_residuals, routing_feature
 from mass_export.vit import tap_tokens
 
@@ -33,11 +35,16 @@ SYNTHETIC_IMAGES = 256
 FOLDS = 5
 # A shorter first pass is worth this much routing accuracy in cross-validation.
 LAYER_TOLERANCE = 0.005
+# Weight of a discriminant whose labels are the router's own answers, beside these answers' score.
+PSEUDO_WEIGHT = 0.1
+# The share of calibration images whose margin counts as unsure, and the prior's weight against the heads' confidence.
+UNSURE_SHARE = 0.3
+VERIFY_PRIOR = 0.1
 
 
 @dataclass(frozen=True)
 class LayerTrial:
-    """Cross-validated routing accuracy of the discriminant at one tap."""
+    """Cross-validated routing accuracy of the discriminant that reads the mlp inputs up to a tap."""
 
     tap: Tap
     accuracy: float
@@ -102,27 +109,49 @@ def calibrate_pool(
     pixel_values: NDArray[np.float32],
     *,
     synthetic: bool = False,
+    pseudo_labels: bool = True,
     source: str = "",
     progress: Progress,
 ) -> Artifact:
-    """Centre and scale every residual by its mean and spread over unlabelled (or synthetic) images.
+    """Remove the per-task bias of the residuals on unlabelled images, and learn from the router's own answers.
 
     Args:
         artifact: to calibrate; an older calibration is replaced.
         pixel_values: normalised images, at least two. [n, 3, H, W]
-        synthetic: whether they were made by `synthetic_images`.
+        synthetic: whether they were made by `synthetic_images`; these have no tasks to learn from.
+        pseudo_labels: fit a discriminant at three quarters of the depth to what the router says of the images.
         source: where they come from, for the record.
         progress: where to show it.
     """
     if len(pixel_values) < 2:
         raise DataError(f"calibration needs at least 2 images, got {len(pixel_values)}.")
+    artifact = dataclasses.replace(
+        artifact, info=dataclasses.replace(artifact.info, calibration=None), calibration=None
+    )
     offset, scale = _residual_statistics(artifact, pixel_values, progress)
+    if artifact.info.router.evidence:  # which would be weighed against one task's prejudice only
+        offset, scale = torch.zeros_like(offset), torch.ones_like(scale)
     info = CalibrationInfo(
         level="synthetic" if synthetic else "pool",
         images={"pool": len(pixel_values)},
         sources={"pool": source} if source else None,
     )
-    return _calibrated(artifact, info, Calibration(offset, scale))
+    calibrated = _calibrated(artifact, info, Calibration(offset, scale))
+    if synthetic or not pseudo_labels:
+        return calibrated
+    labels = _own_answers(calibrated, pixel_values, progress)
+    rows = np.flatnonzero(np.bincount(labels, minlength=len(artifact.tasks))[labels] >= 2)
+    given = np.unique(labels[rows])
+    if len(given) < 2:
+        return calibrated
+    depth = artifact.info.vision.layers
+    taps = (Tap(default_routing_layer(depth), "mlp"),)
+    features = _joined(tap_features(artifact, pixel_values[rows], taps, progress), taps)
+    weight, bias = _with_absent_tasks(
+        *fit_discriminant(features, np.searchsorted(given, labels[rows])), given, len(artifact.tasks)
+    )
+    info = dataclasses.replace(info, discriminant=taps, discriminant_weight=PSEUDO_WEIGHT)
+    return _calibrated(artifact, info, Calibration(offset, scale, weight, bias))
 
 
 def calibrate_task_images(
@@ -130,20 +159,23 @@ def calibrate_task_images(
     images: Mapping[str, NDArray[np.float32]],
     *,
     tap: Tap | None = None,
+    verify: bool = True,
     residual_weight: float = 0.0,
     sources: Mapping[str, str] | None = None,
     progress: Progress,
 ) -> tuple[Artifact, tuple[LayerTrial, ...]]:
     """Fit the linear discriminant on a few images a task.
 
-    Without `tap` the earliest mlp input is taken whose cross-validated routing accuracy comes within half a point
-    of the best. Tasks without images keep the residuals on a common scale: their discriminant is that of an
-    average task, and the residual score decides between them and the rest.
+    It reads the mlp inputs up to a block: the earliest whose cross-validated routing accuracy comes within half a
+    point of the best, unless `tap` says which. Tasks without images keep the residuals on a common scale: their
+    discriminant is that of an average task, and the residual score decides between them and the rest.
 
     Args:
         artifact: to calibrate; an older calibration is replaced.
         images: normalised images by task, at least two each. [n_i, 3, H, W]
-        tap: where the discriminant reads.
+        tap: the last one that the discriminant reads.
+        verify: run the two best tasks where the margin is below that of 30% of the images, as cross-validation sees
+            them; the heads' confidence then counts ten times as much as the posterior.
         residual_weight: weight of the calibrated residuals beside the discriminant.
         sources: where the images come from, for the record.
         progress: where to show it.
@@ -152,6 +184,44 @@ def calibrate_task_images(
         the calibrated artifact, and the trial of every tap.
     """
     names = [task.name for task in artifact.info.tasks]
+    _require_task_images(names, images)
+    given = [name for name in names if name in images]
+    labels = np.repeat(np.arange(len(given)), [len(images[name]) for name in given])
+    pixel_values = np.concatenate([images[name] for name in given])
+    depth = artifact.info.vision.layers if tap is None else tap.layer + 1
+    taps = tuple(Tap(i, "mlp") for i in range(depth))
+    features = tap_features(artifact, pixel_values, taps, progress)
+    posteriors = {
+        last: cross_validated_posterior(_joined(features, taps[: last.layer + 1]), labels)
+        for last in (taps if tap is None else taps[-1:])
+    }
+    trials = tuple(LayerTrial(last, _accuracy(p, labels)) for last, p in posteriors.items())
+    best = max(trial.accuracy for trial in trials)
+    chosen = next(trial.tap for trial in trials if trial.accuracy >= best - LAYER_TOLERANCE)
+    read = taps[: chosen.layer + 1]
+    rows = np.array([names.index(name) for name in given])
+    weight, bias = _with_absent_tasks(*fit_discriminant(_joined(features, read), labels), rows, len(names))
+    incomplete = len(given) < len(names)
+    offset, scale = _residual_statistics(artifact, pixel_values, progress)
+    info = CalibrationInfo(
+        level="task_images",
+        images={name: len(images[name]) for name in given},
+        discriminant=read,
+        residual_weight=max(residual_weight, 1.0) if incomplete else residual_weight,
+        discriminant_weight=1.0,
+        sources=dict(sources) if sources else None,
+    )
+    router = artifact.info.router
+    if not incomplete:  # the discriminant knows better, and needs no whole tower
+        router = dataclasses.replace(router, evidence=0.0)
+    if verify and router.mode == "top1" and not incomplete:
+        margin = float(np.quantile(_margins(posteriors[chosen]), UNSURE_SHARE))
+        router = dataclasses.replace(router, verify_margin=margin, verify_prior=VERIFY_PRIOR)
+    artifact = dataclasses.replace(artifact, info=dataclasses.replace(artifact.info, router=router))
+    return _calibrated(artifact, info, Calibration(offset, scale, weight, bias)), trials
+
+
+def _require_task_images(names: Sequence[str], images: Mapping[str, NDArray[np.float32]]) -> None:
     unknown = sorted(set(images) - set(names))
     if unknown:
         raise DataError(
@@ -162,34 +232,33 @@ def calibrate_task_images(
         raise DataError(
             f"calibration needs 2 tasks with 2 images each at least; too few for {few or list(images)}."
         )
-    given = [name for name in names if name in images]
-    labels = np.repeat(np.arange(len(given)), [len(images[name]) for name in given])
-    pixel_values = np.concatenate([images[name] for name in given])
-    site: Site = "mlp"
-    taps = [tap] if tap else [Tap(i, site) for i in range(artifact.info.vision.layers)]
-    features = tap_features(artifact, pixel_values, taps, progress)
-    trials = tuple(LayerTrial(t, cross_validate(features[t].numpy(), labels)) for t in taps)
-    best = max(trial.accuracy for trial in trials)
-    chosen = next(trial.tap for trial in trials if trial.accuracy >= best - LAYER_TOLERANCE)
-    weight, bias = fit_discriminant(features[chosen].numpy(), labels)
-    offset, scale = _residual_statistics(artifact, pixel_values, progress)
-    incomplete = len(given) < len(names)
-    info = CalibrationInfo(
-        level="task_images",
-        images={name: len(images[name]) for name in given},
-        discriminant=chosen,
-        residual_weight=max(residual_weight, 1.0) if incomplete else residual_weight,
-        discriminant_weight=1.0,
-        sources=dict(sources) if sources else None,
-    )
-    rows = [names.index(name) for name in given]
-    full_weight = np.tile(weight.mean(axis=0), (len(names), 1))
-    full_bias = np.full(len(names), bias.mean())
+
+
+def _own_answers(
+    artifact: Artifact, pixel_values: NDArray[np.float32], progress: Progress
+) -> NDArray[np.int64]:
+    """The task that the router itself gives each image. [n]"""
+    model = MassModel(artifact)
+    parts: list[Tensor] = []
+    for start in progress.track(list(range(0, len(pixel_values), BATCH)), "Routing the calibration images"):
+        batch = torch.from_numpy(pixel_values[start : start + BATCH])
+        parts += [model.residuals(batch).argmin(dim=1)]
+    labels: NDArray[np.int64] = torch.cat(parts).numpy()
+    return labels
+
+
+def _joined(features: Mapping[Tap, Tensor], taps: Sequence[Tap]) -> NDArray[np.float64]:
+    """Features of several taps, one after the other. [n, M*D]"""
+    return np.concatenate([features[tap].numpy() for tap in taps], axis=1)
+
+
+def _with_absent_tasks(
+    weight: NDArray[np.float64], bias: NDArray[np.float64], rows: NDArray[np.int64], T: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of the tasks that had images; the others get the average task's. [T, M*D], [T] float32"""
+    full_weight, full_bias = np.tile(weight.mean(axis=0), (T, 1)), np.full(T, bias.mean())
     full_weight[rows], full_bias[rows] = weight, bias
-    calibration = Calibration(
-        offset, scale, torch.from_numpy(full_weight).float(), torch.from_numpy(full_bias).float()
-    )
-    return _calibrated(artifact, info, calibration), trials
+    return torch.from_numpy(full_weight).float(), torch.from_numpy(full_bias).float()
 
 
 def fit_discriminant(
@@ -212,31 +281,56 @@ def fit_discriminant(
     means = np.stack([features[labels == k].mean(axis=0) for k in range(K)])
     centred = features - means[labels]
     degrees = max(n - K, 1)
-    covariance = centred.T @ centred / degrees
-    trace, square = np.trace(covariance), float(np.sum(covariance**2))
+    few = n < D  # then products of images are smaller than those of dimensions
+    gram = centred @ centred.T if few else centred.T @ centred  # both have the covariance's trace and norm
+    trace, square = np.trace(gram) / degrees, float(np.sum(gram**2)) / degrees**2
     shrinkage = 1.0
     if square > trace**2 / D:
         numerator = (1 - 2 / D) * square + trace**2
         shrinkage = min(1.0, numerator / ((degrees + 1 - 2 / D) * (square - trace**2 / D)))
-    shrunk = (1 - shrinkage) * covariance + shrinkage * trace / D * np.eye(D)
-    shrunk += 1e-6 * max(trace / D, 1e-12) * np.eye(D)
-    weight = np.linalg.solve(shrunk, means.T).T
+    kept, floor = (1 - shrinkage) / degrees, shrinkage * trace / D + 1e-6 * max(trace / D, 1e-12)
+    if few and kept > 0:  # Woodbury's identity
+        inner = np.linalg.solve(gram + floor / kept * np.eye(n), centred @ means.T)
+        weight = (means.T - centred.T @ inner).T / floor
+    elif few:
+        weight = means / floor
+    else:
+        weight = np.linalg.solve(kept * gram + floor * np.eye(D), means.T).T
     bias = -0.5 * np.sum(weight * means, axis=1)
     return weight, bias
 
 
-def cross_validate(features: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """Routing accuracy of the discriminant on held-out folds, averaged over tasks."""
+def cross_validated_posterior(
+    features: NDArray[np.float64], labels: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Scores of the discriminant for each image by the fit that has not seen its fold. [n, K]"""
     folds = np.zeros(len(labels), np.int64)
     for k in range(int(labels.max()) + 1):
         rows = np.flatnonzero(labels == k)
         folds[rows] = np.random.default_rng(k).permutation(len(rows)) % min(FOLDS, len(rows))
-    right = np.zeros(len(labels), bool)
+    scores = np.zeros((len(labels), int(labels.max()) + 1))
     for fold in range(int(folds.max()) + 1):
         held = folds == fold
         weight, bias = fit_discriminant(features[~held], labels[~held])
-        right[held] = (features[held] @ weight.T + bias).argmax(axis=1) == labels[held]
-    return float(np.mean([right[labels == k].mean() for k in range(int(labels.max()) + 1)]))
+        scores[held] = features[held] @ weight.T + bias
+    return scores
+
+
+def cross_validate(features: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Routing accuracy of the discriminant on held-out folds, averaged over tasks."""
+    return _accuracy(cross_validated_posterior(features, labels), labels)
+
+
+def _accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    right = scores.argmax(axis=1) == labels
+    return float(np.mean([right[labels == k].mean() for k in range(scores.shape[1])]))
+
+
+def _margins(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """By how much the best score leads. [n]"""
+    best = np.sort(scores, axis=1)
+    margins: NDArray[np.float64] = best[:, -1] - best[:, -2]
+    return margins
 
 
 def _residual_statistics(

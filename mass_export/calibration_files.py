@@ -47,7 +47,7 @@ def calibrate_from_files(
     if pool is not None:
         images = load_pool(pool, spec, limit)
         calibrated = calibrate_pool(artifact, images, source=str(pool), progress=progress)
-        return calibrated, f"residuals scaled on {len(images)} images"
+        return calibrated, f"router calibrated on {len(images)} images"
     folders = dict(_pair(text) for text in task_images)
     if len(folders) < len(task_images):
         raise DataError(f"--task-images: a task is given twice in {', '.join(task_images)}.")
@@ -56,12 +56,11 @@ def calibrate_from_files(
     calibrated, trials = calibrate_task_images(artifact, by_task, sources=sources, progress=progress)
     info = calibrated.info.calibration
     assert info is not None
-    tap = info.discriminant
-    assert tap is not None
+    tap = info.discriminant[-1]
     accuracy = next(trial.accuracy for trial in trials if trial.tap == tap)
     total = sum(info.images.values())
     return calibrated, (
-        f"discriminant at block {tap.layer} ({tap.site}) from {total} images, "
+        f"discriminant on the {tap.site} inputs up to block {tap.layer} from {total} images, "
         f"{accuracy:.1%} routed right in cross-validation"
     )
 

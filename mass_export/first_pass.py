@@ -47,8 +47,10 @@ def add_first_pass(layers: Layers, artifact: Artifact, pixel_values: ir.Value) -
     score = None
     if info.calibration is None or info.calibration.residual_weight:
         score = _residual_score(graph, artifact, features)
-    if info.calibration is not None and info.calibration.discriminant is not None:
-        posterior = _log_posterior(graph, artifact, features[info.calibration.discriminant])
+    if info.calibration is not None and info.calibration.discriminant:
+        parts = [features[tap] for tap in info.calibration.discriminant]
+        z = graph.op("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
+        posterior = _log_posterior(graph, artifact, z)
         posterior = graph.op("Mul", posterior, graph.scalar(info.calibration.discriminant_weight))
         score = graph.op("Neg", posterior) if score is None else graph.op("Sub", score, posterior)
     assert score is not None
@@ -80,7 +82,7 @@ def _residual_score(graph: Graph, artifact: Artifact, features: dict[Tap, ir.Val
 
 
 def _log_posterior(graph: Graph, artifact: Artifact, z: ir.Value) -> ir.Value:
-    """The linear discriminant's log probabilities: z [B, D] -> [B, T]"""
+    """The linear discriminant's log probabilities: z [B, M*D] -> [B, T]"""
     calibration = artifact.calibration
     assert calibration is not None
     assert calibration.weight is not None

@@ -1,7 +1,7 @@
 """Do the heads know their task? A test that needs no image and no label, and the scale on which heads compete.
 
 The evidence of a head is `logsumexp(k / s_i * logits_i) - log C_i`: s_i is the mean length of its class vectors, so
-that a head at CLIP's scale (x100) does not shout others down, and k = 14 sets how much the best class counts.
+that a head at CLIP's scale (x100) does not shout others down, and k = 28 sets how much the best class counts.
 
 It tells tasks apart only where class vectors share what is common to their task, as embeddings of CLIP's prompts do
 and probes trained with softmax need not. So the class vectors themselves are put to the test, each in place of an
@@ -21,7 +21,8 @@ from torch import Tensor
 from mass_export.heads import Head
 from mass_export.router_spec import RouterSettings
 
-EVIDENCE_SCALE = 14.0
+EVIDENCE_SCALE = 28.0
+EVIDENCE_WEIGHT = 2.0
 LEAST_ACCURACY = 0.8
 LEAST_GAP = 0.1
 
@@ -83,7 +84,7 @@ def judge_heads(heads: Sequence[Head]) -> EvidenceTest:
 
 
 def with_evidence_decided(router: RouterSettings, heads: Sequence[Head]) -> RouterSettings:
-    """`evidence: auto` replaced by 1 or 0, as the test of these heads says; other settings as they are."""
+    """`evidence: auto` replaced by 2 or 0, as the test of these heads says; other settings as they are."""
     if router.evidence != "auto":
         return router
-    return dataclasses.replace(router, evidence=1.0 if judge_heads(heads).helps else 0.0)
+    return dataclasses.replace(router, evidence=EVIDENCE_WEIGHT if judge_heads(heads).helps else 0.0)

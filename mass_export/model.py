@@ -76,8 +76,9 @@ class MassModel:
             score = combine_taps(torch.stack(by_tap, dim=1), router.standardize, calibration)
         if info.calibration is not None and calibration is not None:
             score = info.calibration.residual_weight * score
-            if info.calibration.discriminant is not None:
-                posterior = log_posterior(features[info.calibration.discriminant], calibration)
+            if info.calibration.discriminant:
+                z = torch.cat([features[tap] for tap in info.calibration.discriminant], dim=1)
+                posterior = log_posterior(z, calibration)
                 score = score - info.calibration.discriminant_weight * posterior
         if router.evidence:
             assert router.evidence != "auto"

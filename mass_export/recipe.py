@@ -47,7 +47,7 @@ from mass_export.recipe_sources import (
     zero_shot_head_recipe,
 )
 from mass_export.router_spec import PAPER_ROUTER, RouterSettings, default_router, default_routing_layer
-from mass_export.spec import MergeSettings, PatchEmbed, TaskInfo, VisionSpec
+from mass_export.spec import MergeSettings, PatchEmbed, TaskInfo, VisionSpec, rank_of
 from runtime.bundle import PreprocessSpec
 
 MAX_RECIPE_BYTES = 8 << 20
@@ -157,7 +157,8 @@ def load_recipe(path: Path, *, allow_pickle: bool = False) -> Recipe:
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"tasks: the name(s) {', '.join(twice)} are given twice; rename one of them.")
         merge, base_merge_file = _merge_settings(top, path)
-        router = _router_settings(top, vision.layers, path)
+        adapt_rank = rank_of((vision.width, vision.width), rank_ratio, rank)
+        router = _router_settings(top, vision.layers, max(1, adapt_rank // 2), path)
         patch_embed: Any = top.get("patch_embed") or "full"
         require_choice("patch_embed", patch_embed, PatchEmbed)
         require(
@@ -300,10 +301,10 @@ def _merge_settings(top: Mapping[str, Any], path: Path) -> tuple[MergeSettings, 
     return MergeSettings(**given), file
 
 
-def _router_settings(top: Mapping[str, Any], layers: int, path: Path) -> RouterSettings:
+def _router_settings(top: Mapping[str, Any], layers: int, half_rank: int, path: Path) -> RouterSettings:
     given = top.get("router")
     if given is None or given == "default":
-        return default_router(layers)
+        return default_router(layers, half_rank)
     if given == "paper":
         return dataclasses.replace(PAPER_ROUTER, layer=default_routing_layer(layers))
     require(

@@ -59,7 +59,7 @@ class RouterSettings(FromMapping):
         standardize: `tasks` turns each tap's residuals into z-scores over the tasks, sample by sample, so that
             no tap dominates the sum.
         evidence: weight of the heads' evidence on the first pass' own feature, standardised over tasks like a
-            tap; 0 leaves it out. The first pass then runs to its end. `auto`: 1 if the heads pass the test of
+            tap; 0 leaves it out. The first pass then runs to its end. `auto`: 2 if the heads pass the test of
             `mass_export.head_evidence`, which needs no image, else 0; decided by the merge.
         verify_margin: two best tasks whose scores differ by less are both run, and their heads decide; 0 is off.
         verify_budget: at most this share of a batch is verified, those with the smallest margins, in [0, 1].
@@ -143,14 +143,15 @@ PAPER_ROUTER = RouterSettings(
 )
 
 
-def default_router(depth: int) -> RouterSettings:
+def default_router(depth: int, rank: int | None = None) -> RouterSettings:
     """The router of a recipe that names none: every mlp input, standardised, with what the heads know; no image.
 
     Args:
         depth: number of blocks of the tower.
+        rank: of its bases; half of the adaptation's is good.
     """
     return RouterSettings(
-        layers=tuple(range(depth)), site="mlp", standardize="tasks", mode="top1", evidence="auto"
+        layers=tuple(range(depth)), site="mlp", standardize="tasks", mode="top1", evidence="auto", rank=rank
     )
 
 
@@ -166,7 +167,7 @@ class CalibrationInfo(FromMapping):
     Attributes:
         level: `synthetic` images, an unlabelled `pool`, or `task_images` with known tasks.
         images: number of images, in all or by task.
-        discriminant: tap of the linear discriminant, or None.
+        discriminant: taps whose features, one after the other, the linear discriminant reads; none without one.
         residual_weight: weight of the standardised residuals in the score, >= 0.
         discriminant_weight: weight of the discriminant's log posterior, >= 0.
         sources: names of folders and files, for the record.
@@ -174,15 +175,15 @@ class CalibrationInfo(FromMapping):
 
     level: CalibrationLevel
     images: dict[str, int]
-    discriminant: Tap | None = None
+    discriminant: tuple[Tap, ...] = ()
     residual_weight: float = 1.0
     discriminant_weight: float = 0.0
     sources: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         require_choice("calibration.level", self.level, CalibrationLevel)
-        if isinstance(self.discriminant, dict):
-            object.__setattr__(self, "discriminant", Tap(**self.discriminant))
+        taps = tuple(Tap(**tap) if isinstance(tap, dict) else tap for tap in self.discriminant)
+        object.__setattr__(self, "discriminant", taps)
         for name in ("residual_weight", "discriminant_weight"):
             value = getattr(self, name)
             require(

@@ -76,7 +76,7 @@ def combine_taps(
 
 
 def log_posterior(z: Tensor, calibration: Calibration) -> Tensor:
-    """Log probabilities of the tasks by the linear discriminant: z [B, D] -> [B, T], <= 0."""
+    """Log probabilities of the tasks by the linear discriminant: z [B, M*D] -> [B, T], <= 0."""
     assert calibration.weight is not None
     assert calibration.bias is not None
     return (z @ calibration.weight.T + calibration.bias).log_softmax(dim=1)

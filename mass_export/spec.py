@@ -211,8 +211,8 @@ class ArtifactInfo:
         """The taps that the first pass must compute: those whose residuals count, and the discriminant's."""
         calibration = self.calibration
         taps = set() if calibration is not None and calibration.residual_weight == 0 else set(self.taps())
-        if calibration is not None and calibration.discriminant is not None:
-            taps.add(calibration.discriminant)
+        if calibration is not None:
+            taps.update(calibration.discriminant)
         return tuple(sorted(taps))
 
     def __post_init__(self) -> None:

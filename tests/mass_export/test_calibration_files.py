@@ -45,7 +45,7 @@ def run(*arguments: object) -> str:
 @pytest.mark.usefixtures("folders")
 def test_a_pool_folder_calibrates_the_residuals(artifact_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    assert "residuals scaled on 18 images" in run(artifact_path, "--pool", tmp_path, "--out", out)
+    assert "router calibrated on 18 images" in run(artifact_path, "--pool", tmp_path, "--out", out)
     info = read_artifact(out).info.calibration
     assert info is not None
     assert (info.level, info.images) == ("pool", {"pool": 18})
@@ -60,7 +60,7 @@ def test_task_images_fit_a_discriminant_and_may_follow_as_further_pairs(
     info = read_artifact(out).info.calibration
     assert info is not None
     assert info.images == {"task0": 6, "task1": 6, "task2": 6}
-    assert info.discriminant is not None
+    assert info.discriminant
 
 
 def test_synthetic_images_and_array_files_work_and_the_artifact_may_be_replaced(

@@ -31,7 +31,7 @@ def test_a_minimal_recipe_takes_the_defaults(pico_files, pico_vision, pico_model
     assert recipe.vision == pico_vision
     assert recipe.model_config == pico_model_config
     assert recipe.merge == MergeSettings(base_merge="zeroshot")
-    assert recipe.router == default_router(3)
+    assert recipe.router == default_router(3, 4)
     assert (recipe.rank_ratio, recipe.rank, recipe.base_merge_file) == (0.25, None, None)
     assert [task.name for task in recipe.tasks] == ["task0", "task1", "task2", "task3"]
     assert recipe.tasks[0].head.bias == "task0.bias"
@@ -42,10 +42,10 @@ def test_a_minimal_recipe_takes_the_defaults(pico_files, pico_vision, pico_model
 
 
 def test_routers_have_names(pico_files):
-    paper, default = (load_recipe(pico_files(router=name)) for name in ("paper", "default"))
+    paper, default = (load_recipe(pico_files(tasks=4, router=name)) for name in ("paper", "default"))
     assert paper.router == RouterSettings(layer=2)
     assert paper.merge == MergeSettings(base_merge="tsvm")
-    assert default.router == default_router(3)
+    assert default.router == default_router(3, 4)
     assert default.merge == MergeSettings(base_merge="zeroshot")
     merged = load_recipe(pico_files(router="default", base_merge="tsvm"))
     assert merged.merge == MergeSettings(base_merge="tsvm")

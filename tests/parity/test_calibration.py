@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_a_discriminant_routes_by_a_few_images_a_task(artifact: Artifact, tmp_pa
     routed = MassModel(calibrated).forward(torch.from_numpy(fresh)).task_index
     assert np.mean(routed == np.repeat(np.arange(3), 48)) > 0.95
     assert len(trials) == 3
-    assert calibrated.info.read_taps() == (calibrated.info.calibration.discriminant,)
+    assert calibrated.info.read_taps() == calibrated.info.calibration.discriminant
     assert_exported_equals_eager(calibrated, tmp_path)
 
 
@@ -138,3 +139,51 @@ def test_more_dimensions_than_images_stay_finite() -> None:
     weight, bias = fit_discriminant(features, np.arange(10) % 2)
     assert np.isfinite(weight).all()
     assert np.isfinite(bias).all()
+
+
+def test_the_fit_is_the_same_whether_images_or_dimensions_are_fewer() -> None:
+    rng = np.random.default_rng(3)
+    labels = np.arange(30) % 3
+    features = rng.normal(size=(30, 20)) + labels[:, None]
+    padded = np.concatenate(
+        [features, np.zeros((30, 40))], axis=1
+    )  # more dimensions than images, no more content
+    weight, bias = fit_discriminant(padded, labels)
+    means = np.stack([padded[labels == k].mean(axis=0) for k in range(3)])
+    residual = padded - means[labels]
+    # The fit solves S w = m for one S = a C + b I: recover a and b from two directions and check all others.
+    moments = residual.T @ residual / 27
+    columns = np.stack([(moments @ weight.T).ravel(), weight.T.ravel()], axis=1)
+    solution, *_ = np.linalg.lstsq(columns, means.T.ravel(), rcond=None)
+    np.testing.assert_allclose(columns @ solution, means.T.ravel(), atol=1e-9)
+    assert 0 < solution[0] < 1
+    np.testing.assert_allclose(bias, -0.5 * (weight * means).sum(axis=1))
+
+
+def test_a_pool_teaches_the_router_its_own_answers(artifact: Artifact, tmp_path: Path) -> None:
+    pool = np.concatenate([images_of(i, 20) for i in range(3)])
+    plain = calibrate_pool(artifact, pool, pseudo_labels=False, progress=QUIET)
+    taught = calibrate_pool(artifact, pool, progress=QUIET)
+    assert plain.info.calibration.discriminant == ()
+    assert taught.info.calibration.discriminant == (Tap(2, "mlp"),)
+    images = torch.from_numpy(pool)
+    before, after = (MassModel(a, torch.float64).residuals(images) for a in (plain, taught))
+    assert (before.argmin(dim=1) == after.argmin(dim=1)).double().mean() > 0.8
+    assert not torch.allclose(before, after)
+    assert_exported_equals_eager(taught, tmp_path)
+
+
+def test_unsure_routes_of_a_calibrated_router_are_verified(artifact: Artifact, tmp_path: Path) -> None:
+    top1 = dataclasses.replace(
+        artifact,
+        info=dataclasses.replace(
+            artifact.info, router=dataclasses.replace(artifact.info.router, mode="top1")
+        ),
+    )
+    calibrated, _ = calibrate_task_images(top1, task_images(), progress=QUIET)
+    router = calibrated.info.router
+    assert router.verify_margin > 0
+    assert router.verify_prior == 0.1
+    unverified, _ = calibrate_task_images(top1, task_images(), verify=False, progress=QUIET)
+    assert unverified.info.router.verify_margin == 0
+    assert_exported_equals_eager(calibrated, tmp_path)

@@ -245,7 +245,7 @@ def test_several_taps_and_head_evidence_equal_the_reference(
 
 
 def head_claims(case: Case) -> np.ndarray:
-    """logsumexp of each head's logits on the first pass' feature at scale 14, less the log of its size."""
+    """logsumexp of each head's logits on the first pass' feature at scale 28, less the log of its size."""
     artifact = case.exact_artifact
     tower = {name: t.numpy() for name, t in (artifact.merged or artifact.base).items()}
     feature = numpy_mass.normalize(numpy_mass.vit_forward(tower, case.images.astype(np.float64), 2).feature)
@@ -253,7 +253,7 @@ def head_claims(case: Case) -> np.ndarray:
     for head in artifact.heads:
         bias = 0 if head.bias is None else head.bias.double().numpy()
         weight = head.weight.double().numpy()
-        logits = 14 / np.linalg.norm(weight, axis=1).mean() * (feature @ weight.T + bias)
+        logits = 28 / np.linalg.norm(weight, axis=1).mean() * (feature @ weight.T + bias)
         claims.append(np.log(np.exp(logits).sum(axis=1)) - np.log(logits.shape[1]))
     return np.stack(claims, axis=1)
 

@@ -24,7 +24,6 @@ from .tower import features_of, load_tower
 CORE = ("mnist", "fashion", "animals", "flags", "planets", "sprites", "cards", "icons")
 HARD = (*CORE, "letters", "emoji")
 TEST_IMAGES, VALIDATION_IMAGES = 600, 300
-ROUTER = {"layer": 4, "site": "mlp", "token": "cls", "norm": "l2", "mode": "top1"}
 
 
 def package_zoo(arrays: Mapping[str, TaskArrays], base_file: Path, trained: Path, zoo: Path) -> None:
@@ -96,9 +95,8 @@ def recipe(tasks: tuple[str, ...]) -> str:
         "model": "model_config.json",
         "base": "base.safetensors",
         "rank_ratio": 0.125,
-        "base_merge": "tsvm",
         "compose": "tsvm",
-        "router": ROUTER,
+        "router": "default",
         "tasks": [
             {
                 "name": task,
