@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 import mass_export
 from mass_export.artifact import Artifact
+from mass_export.bundle_int8 import convert_bundle_int8
 from mass_export.bundle_precision import convert_bundle, require_graph_precision
 from mass_export.engine_bundle import build_engines
 from mass_export.errors import ExportError
@@ -66,7 +67,7 @@ def export_bundle(
         out: bundle directory; may exist if it is empty or a bundle.
         verify: run the bundle against the eager model first.
         progress: where to show it.
-        precision: of the graphs, `fp32` or `fp16`.
+        precision: of the graphs, `fp32`, `fp16` or `int8`.
         engines: also build TensorRT engines, so.
 
     Raises:
@@ -85,7 +86,10 @@ def export_bundle(
         if precision != "fp32":
             full, staged = staged, Path(scratch) / precision
             staged.mkdir()
-            convert_bundle(full, manifest, staged, precision)
+            if precision == "int8":
+                convert_bundle_int8(full, manifest, staged)
+            else:
+                convert_bundle(full, manifest, staged, precision)
             shutil.rmtree(full)
         if verify:
             verify_bundle(artifact, staged, progress=progress)

@@ -57,7 +57,7 @@ def convert_file(onnx_file: Path, directory: Path, weights: WeightsFile, precisi
     _Conversion(model.graph, HALVES[precision]).run()
     for value in external:
         assert value.const_value is not None
-        value.const_value = _stored(value.const_value, weights)
+        value.const_value = stored_tensor(value.const_value, weights)
     path = directory / onnx_file.name
     ir.save(model, path)
     return path
@@ -191,7 +191,8 @@ def _readers(value: ir.Value) -> Iterator[ir.Node]:
             yield node
 
 
-def _stored(tensor: ir.TensorProtocol, weights: WeightsFile) -> ir.ExternalTensor:
+def stored_tensor(tensor: ir.TensorProtocol, weights: WeightsFile) -> ir.ExternalTensor:
+    """Put a tensor into the weights file."""
     array = tensor.numpy()
     bits = array.view(np.uint16) if tensor.dtype == ir.DataType.BFLOAT16 else array
     stored = weights.add(bits)

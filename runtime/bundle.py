@@ -38,7 +38,7 @@ Compose = Literal["tsvm", "sum"]
 SumWeights = Literal["uniform", "gates"]
 Verify = Literal["size", "full"]
 
-STORED_DTYPES = ("float16", "float32", "float64")
+STORED_DTYPES = ("int8", "float16", "float32", "float64")
 
 _T = TypeVar("_T")
 
@@ -96,6 +96,7 @@ class MatrixBases:
         u_t: transposed left bases, rows orthonormal. [T, R, D_out]
         s: singular values, descending. [T, R]
         vh: right bases, rows orthonormal. [T, R, D_in]
+        u_scale, vh_scale: of int8 bases, what each row of them is multiplied with; else absent. [T, R]
     """
 
     name: str
@@ -104,6 +105,8 @@ class MatrixBases:
     u_t: StoredArray
     s: StoredArray
     vh: StoredArray
+    u_scale: StoredArray | None = None
+    vh_scale: StoredArray | None = None
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,12 @@ class VectorTables:
     Attributes:
         vectors: all 1-D parameters, concatenated in the order of the second pass. [T, P]
         conv1: the patch convolution as a product's right side. [T, 3*P*P, D]
+        conv1_scale: of an int8 conv1, what each output is multiplied with; else absent. [T, D]
     """
 
     vectors: StoredArray
     conv1: StoredArray
+    conv1_scale: StoredArray | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ class OneTaskSpec:
     All are float32, as they lie in the files: nothing is gathered or copied. Beside `pixel_values`:
         right.<name>, scale.<name>, left.<name>: vh, s and u_t of each of `matrices`. [R, D_in], [R], [R, D_out]
         vectors, conv1: the task's rows of `tables`; absent with the base's parameters for all tasks. [P], [3*P*P, D]
+    In an int8 bundle left, right and conv1 are int8; scale carries their rows' scales, conv1_scale [D] is one more input.
     """
 
     file: str
@@ -283,13 +289,21 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
     if manifest.one_task is not None:
         for key, array in _table_arrays(manifest.one_task).items():
             _check_array(array, manifest, f"{where}: one_task: {key}")
-            if len(array.shape) != {"vectors": 2, "conv1": 3}[key] or array.shape[0] != len(manifest.tasks):
+            if len(array.shape) != (3 if key == "conv1" else 2) or array.shape[0] != len(manifest.tasks):
                 raise BundleError(f"{where}: one_task: {key}: shape {list(array.shape)} does not fit.")
 
 
 def _table_arrays(one_task: OneTaskSpec) -> dict[str, StoredArray]:
     tables = one_task.tables
-    return {} if tables is None else {"vectors": tables.vectors, "conv1": tables.conv1}
+    if tables is None:
+        return {}
+    arrays = {"vectors": tables.vectors, "conv1": tables.conv1, "conv1_scale": tables.conv1_scale}
+    return {key: array for key, array in arrays.items() if array is not None}
+
+
+def _scales(matrix: MatrixBases) -> dict[str, StoredArray]:
+    arrays = {"u_scale": matrix.u_scale, "vh_scale": matrix.vh_scale}
+    return {key: array for key, array in arrays.items() if array is not None}
 
 
 def _check_array(array: StoredArray, manifest: Manifest, here: str) -> None:
@@ -316,6 +330,7 @@ def _check_tasks(tasks: tuple[TaskSpec, ...], where: str) -> None:
 
 def _check_file_names(manifest: Manifest, where: str) -> None:
     arrays = [array for matrix in manifest.matrices for array in (matrix.u_t, matrix.s, matrix.vh)]
+    arrays += [array for matrix in manifest.matrices for array in _scales(matrix).values()]
     used = {spec.file for spec in manifest.passes.values()} | {array.file for array in arrays}
     used |= {engine.file for engine in manifest.engines}
     if manifest.one_task is not None:
@@ -332,10 +347,10 @@ def _check_file_names(manifest: Manifest, where: str) -> None:
 
 
 def _check_matrix(matrix: MatrixBases, manifest: Manifest, where: str) -> None:
-    arrays = {"u_t": matrix.u_t, "s": matrix.s, "vh": matrix.vh}
+    arrays = {"u_t": matrix.u_t, "s": matrix.s, "vh": matrix.vh} | _scales(matrix)
     for key, array in arrays.items():
         here = f"{where}: matrix {matrix.name!r}: {key}"
-        if len(array.shape) != (2 if key == "s" else 3) or min(array.shape) < 0:
+        if len(array.shape) != (3 if key in ("u_t", "vh") else 2) or min(array.shape) < 0:
             raise BundleError(f"{here}: shape {list(array.shape)} is not that of stacked bases.")
         _check_array(array, manifest, here)
     tasks = len(manifest.tasks)

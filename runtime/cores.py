@@ -64,6 +64,30 @@ def compute_core(
     return core.astype(np.float32)
 
 
+def scaled_core(
+    tasks: Sequence[int],
+    u_t: NDArray[np.int8],
+    s: NDArray[np.float32],
+    vh: NDArray[np.int8],
+    scales: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> NDArray[np.float32]:
+    """Core for bases in int8 steps: that of the widened bases, between the scales of their rows.
+
+    Args:
+        tasks: of the set, ascending.
+        u_t, s, vh: of all tasks, steps. [T, R, D_out], [T, R], [T, R, D_in]
+        scales: of the rows of u_t and of vh. [T, R] each
+    """
+    left, right = ([scale[i] for i in tasks] for scale in scales)
+    core = compute_core(
+        [u_t[i] * scale[:, None] for i, scale in zip(tasks, left, strict=True)],
+        [s[i] for i in tasks],
+        [vh[i] * scale[:, None] for i, scale in zip(tasks, right, strict=True)],
+    )
+    scaled: NDArray[np.float32] = np.concatenate(left)[:, None] * core * np.concatenate(right)
+    return scaled
+
+
 def stacked_cores(sets: Sequence[tuple[int, ...]], cores: CoreCache) -> dict[str, NDArray[np.float32]]:
     """Cores of several sets as inputs of the second pass.
 
@@ -89,6 +113,11 @@ class CoreCache:
         self._bases = {
             matrix.core: tuple(map_array(directory, array) for array in (matrix.u_t, matrix.s, matrix.vh))
             for matrix in matrices
+        }
+        self._scales = {
+            matrix.core: (map_array(directory, matrix.u_scale), map_array(directory, matrix.vh_scale))
+            for matrix in matrices
+            if matrix.u_scale is not None and matrix.vh_scale is not None
         }
         self._max_sets = max_sets
         self._cores: OrderedDict[tuple[int, ...], Future[Cores]] = OrderedDict()
@@ -128,7 +157,10 @@ class CoreCache:
     def _compute(self, tasks: tuple[int, ...]) -> Cores:
         cores = {}
         for name, (u_t, s, vh) in self._bases.items():
-            core = compute_core([u_t[i] for i in tasks], [s[i] for i in tasks], [vh[i] for i in tasks])
+            if name in self._scales:  # int8: the graph multiplies bare steps, so that cores carry the scales
+                core = scaled_core(tasks, u_t, s, vh, self._scales[name])
+            else:
+                core = compute_core([u_t[i] for i in tasks], [s[i] for i in tasks], [vh[i] for i in tasks])
             core.flags.writeable = False
             cores[name] = core
         return cores

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Profile = dict[str, tuple[int, int, int]]
 
 

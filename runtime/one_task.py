@@ -29,9 +29,15 @@ class OneTaskPass:
         for matrix in manifest.matrices:
             parts = {"right": matrix.vh, "scale": matrix.s, "left": matrix.u_t}
             arrays |= {f"{kind}.{matrix.name}": map_array(directory, array) for kind, array in parts.items()}
+            for scale in (matrix.u_scale, matrix.vh_scale):
+                if scale is not None:  # int8: the graph multiplies bare steps
+                    key = f"scale.{matrix.name}"
+                    arrays[key] = arrays[key] * map_array(directory, scale)
         if spec.tables is not None:
             arrays["vectors"] = map_array(directory, spec.tables.vectors)
             arrays["conv1"] = map_array(directory, spec.tables.conv1)
+            if spec.tables.conv1_scale is not None:
+                arrays["conv1_scale"] = map_array(directory, spec.tables.conv1_scale)
         self._feeds = [
             {name: np.asarray(array[task]) for name, array in arrays.items()}
             for task in range(len(manifest.tasks))

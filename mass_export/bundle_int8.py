@@ -1,0 +1,121 @@
+"""A whole bundle in eight bits: the graphs, their weights, and the arrays that the runtime reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mass_export.graph import tensor_spec
+from mass_export.int8 import Int8Conversion, int8_rows, save_int8
+from mass_export.weights_file import WeightsFile
+from runtime.bundle import (
+    MANIFEST_FILE,
+    FileSpec,
+    Manifest,
+    MatrixBases,
+    PassSpec,
+    VectorTables,
+    json_from_manifest,
+    map_array,
+    sha256_of_file,
+)
+
+
+def convert_bundle_int8(source: Path, manifest: Manifest, target: Path) -> Manifest:
+    """Write a copy of an fp32 bundle in eight bits; see `mass_export.int8`.
+
+    Args:
+        source: bundle directory.
+        manifest: its manifest.
+        target: empty directory.
+    """
+    weights_file = next(iter(manifest.matrices)).u_t.file
+    passes, one_task = {}, manifest.one_task
+    with WeightsFile(target / weights_file) as weights:
+        stored = {matrix.name: _Bases(source, matrix) for matrix in manifest.matrices}
+        conv1, tables = None, None
+        if one_task is not None and one_task.tables is not None:
+            conv1 = _Convolutions(source, one_task.tables)
+            tables = conv1.store(weights)
+        for name, spec in manifest.passes.items():
+            passes[name] = _convert_pass(source / spec.file, spec, target, weights, stored, conv1)
+        if one_task is not None:
+            model = ir.load(source / one_task.file)
+            conversion = Int8Conversion(model.graph)
+            conversion.run()
+            conversion.widen_inputs(("left.", "right.", "conv1"))
+            if conv1 is not None:
+                conversion.scale_product_of("conv1", "conv1_scale", conv1.scale.shape[1])
+            save_int8(model, target / one_task.file, weights)
+            one_task = dataclasses.replace(one_task, tables=tables)
+        matrices = tuple(bases.store(weights) for bases in stored.values())
+    files = {p.name: FileSpec(p.stat().st_size, sha256_of_file(p)) for p in sorted(target.iterdir())}
+    converted = dataclasses.replace(
+        manifest,
+        passes=passes,
+        matrices=matrices,
+        one_task=one_task,
+        files=files,
+        precision="int8",
+        engines=(),
+    )
+    (target / MANIFEST_FILE).write_text(json_from_manifest(converted), encoding="utf-8")
+    return converted
+
+
+class _Bases:
+    """One matrix' bases, rounded; one scale for each direction of each task."""
+
+    def __init__(self, source: Path, matrix: MatrixBases) -> None:
+        self._matrix = matrix
+        self.u_t, self.u_scale = int8_rows(map_array(source, matrix.u_t))
+        self.vh, self.vh_scale = int8_rows(map_array(source, matrix.vh))
+        self.s: NDArray[np.float32] = np.asarray(map_array(source, matrix.s))
+
+    def store(self, weights: WeightsFile) -> MatrixBases:
+        return dataclasses.replace(
+            self._matrix,
+            u_t=weights.add(self.u_t),
+            s=weights.add(self.s),
+            vh=weights.add(self.vh),
+            u_scale=weights.add(self.u_scale),
+            vh_scale=weights.add(self.vh_scale),
+        )
+
+
+class _Convolutions:
+    """The tasks' patch convolutions, rounded; one scale for each output of each task."""
+
+    def __init__(self, source: Path, tables: VectorTables) -> None:
+        steps, self.scale = int8_rows(map_array(source, tables.conv1).transpose(0, 2, 1))
+        self.steps: NDArray[np.int8] = np.ascontiguousarray(steps.transpose(0, 2, 1))  # [T, 3*P*P, D]
+        self._vectors: NDArray[Any] = np.asarray(map_array(source, tables.vectors))
+
+    def store(self, weights: WeightsFile) -> VectorTables:
+        return VectorTables(weights.add(self._vectors), weights.add(self.steps), weights.add(self.scale))
+
+
+def _convert_pass(
+    onnx_file: Path,
+    spec: PassSpec,
+    target: Path,
+    weights: WeightsFile,
+    stored: dict[str, _Bases],
+    conv1: _Convolutions | None,
+) -> PassSpec:
+    model = ir.load(onnx_file)
+    conversion = Int8Conversion(model.graph)
+    conversion.run()
+    for name, bases in stored.items():
+        conversion.replace_table(f"bases.{name}.u_t", bases.u_t)
+        conversion.replace_table(f"bases.{name}.vh", bases.vh)
+        conversion.replace_table(f"bases.{name}.s", bases.s * bases.u_scale * bases.vh_scale)
+    if conv1 is not None:
+        conversion.replace_convolutions("vectors.conv1.weight.T", conv1.steps, conv1.scale)
+    save_int8(model, target / onnx_file.name, weights)
+    return dataclasses.replace(spec, inputs=tuple(tensor_spec(value) for value in model.graph.inputs))

@@ -1,0 +1,256 @@
+"""Eight bits on a CPU, spelled out in the graph: products with the tower's dense weights in integers.
+
+- Weights: symmetric int8, one scale for each output. They are rounded once, at export.
+- Activations: symmetric around a zero point of 128 in uint8, one scale for each token, found as the graph runs. No
+  images are needed for it, and a sample's result does not depend on its batch, as it does with the one scale for a
+  whole tensor of DynamicQuantizeLinear.
+- fp32: LayerNorm, softmax and attention's own products, the residual stream, the router, `proj` and the heads.
+- Low-rank bases and the tasks' patch convolutions are stored in int8, one scale for each row (of the convolutions:
+  output), and widened as they are read: they are T times smaller than the weights, and widening costs less than
+  rounding what they are multiplied with.
+
+`y = ((q_x - 128) q_w) * scale_x * scale_w`; MatMulInteger is exact. On x86 without VNNI ONNX Runtime's product of
+uint8 and int8 saturates sums of two terms at 16 bits; `runtime.onnx_session` asks it for the exact kernels there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mass_export.errors import ExportError
+from mass_export.precision import stored_tensor
+from mass_export.weights_file import WeightsFile
+
+LARGEST = 127
+ZERO_POINT = 128
+TINIEST = 1e-12
+DENSE = ("base.", "merged.")
+KEPT = ("proj",)
+
+
+def int8_rows(array: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round to int8 with a scale for each row: `array ~ steps * scale[..., None]`.
+
+    Args:
+        array: [.., D]
+
+    Returns:
+        steps [.., D] int8 in -127..127, scale [..] float32, 0 for a row of zeros
+
+    Raises:
+        ExportError: a value is not finite.
+    """
+    if not np.isfinite(array).all():
+        raise ExportError("int8: a weight is NaN or infinite; look at the checkpoints.")
+    scale = (np.abs(array).max(axis=-1) / LARGEST).astype(np.float32)
+    steps = np.rint(array / np.maximum(scale, np.finfo(np.float32).tiny)[..., None])
+    return steps.astype(np.int8), scale
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """A rounded weight: initializers of the steps [D_in, D_out] and the scales [D_out]."""
+
+    steps: ir.Value
+    scale: ir.Value
+
+
+class Int8Conversion:
+    """One graph under conversion: its products with dense weights, and its stored bases."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._dense: dict[ir.Value, _Dense] = {}
+        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # x -> uint8 steps, scale by token
+        self._constants: dict[str, ir.Value] = {}
+
+    def run(self) -> None:
+        """Convert in place."""
+        for node in list(self._graph):
+            if node.op_type in ("MatMul", "Gemm"):
+                self._convert_product(node)
+        self._drop_unread()
+
+    def _convert_product(self, node: ir.Node) -> None:
+        x, weight = node.inputs[0], node.inputs[1]
+        if x is None or weight is None or not self._is_dense(weight):
+            return
+        dense = self._rounded_weight(weight)
+        steps, scale = self._rounded_activation(x, node)
+        product = self._add(node, "MatMulInteger", steps, dense.steps, self._zero_point())
+        y = self._add(node, "Mul", self._add(node, "Cast", product, to=int(ir.DataType.FLOAT)), scale)
+        y = self._add(node, "Mul", y, dense.scale)
+        if len(node.inputs) == 3 and node.inputs[2] is not None:
+            y = self._add(node, "Add", y, node.inputs[2])
+        self._replace(node, y)
+
+    def _is_dense(self, weight: ir.Value) -> bool:
+        root = _root(weight)
+        if not root.is_initializer() or root.const_value is None:
+            return False
+        name = str(root.name)
+        bare = name.removesuffix(".T").split(".", 1)[-1]
+        return name.startswith(DENSE) and bare not in KEPT and len(root.const_value.shape) == 2
+
+    def _rounded_weight(self, weight: ir.Value) -> _Dense:
+        """Steps and scale of a weight, or of the columns of it that a Slice takes.
+
+        ONNX Runtime makes products exact on CPUs without VNNI only where it finds the steps themselves, not a Slice.
+        """
+        if weight not in self._dense:
+            root = _root(weight)
+            assert root.const_value is not None
+            name, rows = str(root.name), root.const_value.numpy().T  # [D_out, D_in]
+            if weight is not root:
+                cut = weight.producer()
+                assert cut is not None
+                start, stop = (int(_constant(cut.inputs[i]).item()) for i in (1, 2))
+                name, rows = f"{name}.{start}.{stop}", rows[start:stop]
+            steps, scale = int8_rows(rows)
+            self._dense[weight] = _Dense(
+                self._initializer(f"{name}.int8", steps.T), self._initializer(f"{name}.scale", scale)
+            )
+        return self._dense[weight]
+
+    def _rounded_activation(self, x: ir.Value, node: ir.Node) -> tuple[ir.Value, ir.Value]:
+        """A token's values as uint8 around 128, and their scale; once for all readers of `x`."""
+        if x not in self._rounded:
+            last = self._inline("last_axis", np.array([-1], np.int64))
+            largest = self._add(node, "ReduceMax", self._add(node, "Abs", x), last, keepdims=1)
+            largest = self._add(node, "Max", largest, self._inline("tiniest", np.float32(TINIEST)))
+            scale = self._add(node, "Mul", largest, self._inline("step", np.float32(1 / LARGEST)))
+            steps = self._add(
+                node,
+                "QuantizeLinear",
+                self._add(node, "Div", x, scale),
+                self._inline("one", np.float32(1)),
+                self._zero_point(),
+            )
+            self._rounded[x] = steps, scale
+        return self._rounded[x]
+
+    def _zero_point(self) -> ir.Value:
+        return self._inline("zero_point", np.uint8(ZERO_POINT))
+
+    def _inline(self, name: str, value: Any) -> ir.Value:
+        if name not in self._constants:
+            self._constants[name] = self._initializer(f"int8.{name}", np.asarray(value))
+        return self._constants[name]
+
+    def _initializer(self, name: str, array: NDArray[Any]) -> ir.Value:
+        tensor = ir.tensor(np.array(array, order="C"), name=name)
+        value = ir.val(name, tensor.dtype, list(array.shape), const_value=tensor)
+        self._graph.register_initializer(value)
+        return value
+
+    def _add(self, before: ir.Node, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        node = ir.node(op_type, list(inputs), attributes or None)
+        self._graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def _replace(self, node: ir.Node, by: ir.Value) -> None:
+        ir.convenience.replace_all_uses_with(node.outputs[0], by)
+        self._graph.remove(node, safe=True)
+
+    def replace_table(self, name: str, array: NDArray[Any]) -> None:
+        """Other numbers for an initializer, such as singular values that carry scales; int8 is widened as it is read."""
+        table = self._graph.initializers.get(name)
+        if table is None:
+            return
+        stored = self._initializer(f"{name}.{array.dtype.name}", array)
+        for node, index in list(table.uses()):
+            node.replace_input_with(index, stored)
+            if array.dtype == np.int8:
+                self._widen(node.outputs[0])
+        self._drop_unread()
+
+    def replace_convolutions(self, name: str, steps: NDArray[np.int8], scale: NDArray[np.float32]) -> None:
+        """The tasks' patch convolutions, which are gathered as one row each: steps [T, 3*P*P, D], scale [T, D]."""
+        table = self._graph.initializers.get(name)
+        if table is None:
+            return
+        stored, factors = self._initializer(f"{name}.int8", steps), self._initializer(f"{name}.scale", scale)
+        for reshape, index in list(table.uses()):
+            reshape.replace_input_with(index, stored)
+            (gather,) = (reader for reader, _ in reshape.outputs[0].uses())
+            slots, wide = gather.inputs[1], self._widen(gather.outputs[0])  # [S, K, 3*P*P*D]
+            assert slots is not None
+            after = next(reader for reader, _ in wide.uses())
+            readers = list(wide.uses())
+            by_output = self._inline("by_output", np.array([0, 0, -1, scale.shape[1]], np.int64))
+            spread = self._add(after, "Gather", factors, slots, axis=0)  # [S, K, D]
+            spread = self._add(after, "Unsqueeze", spread, self._inline("axis_2", np.array([2], np.int64)))
+            scaled = self._add(after, "Mul", self._add(after, "Reshape", wide, by_output), spread)
+            flat = self._add(after, "Reshape", scaled, self._inline("flat", np.array([0, 0, -1], np.int64)))
+            for reader, at in readers:
+                reader.replace_input_with(at, flat)
+        self._drop_unread()
+
+    def widen_inputs(self, prefixes: tuple[str, ...]) -> None:
+        """Take the graph inputs whose names begin so in int8."""
+        for value in self._graph.inputs:
+            if str(value.name).startswith(prefixes):
+                value.type = ir.TensorType(ir.DataType.INT8)
+                self._widen(value)
+
+    def scale_product_of(self, name: str, scale: str, width: int) -> None:
+        """Multiply what the graph input `name` is multiplied with by a further input, one factor for each output."""
+        value = next((value for value in self._graph.inputs if value.name == name), None)
+        if value is None:
+            return
+        factors = ir.val(scale, ir.DataType.FLOAT, [width])
+        self._graph.inputs.append(factors)
+        for wide, _ in list(value.uses()):
+            for product, _ in list(wide.outputs[0].uses()):
+                y, readers = product.outputs[0], list(product.outputs[0].uses())
+                scaled = self._add(readers[0][0], "Mul", y, factors)
+                for reader, at in readers:
+                    reader.replace_input_with(at, scaled)
+
+    def _widen(self, value: ir.Value) -> ir.Value:
+        """Cast to float32 for all readers of a value."""
+        readers = list(value.uses())
+        value.type = ir.TensorType(ir.DataType.INT8)
+        order = {node: place for place, node in enumerate(self._graph)}
+        first = min((node for node, _ in readers), key=order.__getitem__)
+        wide = self._add(first, "Cast", value, to=int(ir.DataType.FLOAT))
+        for reader, at in readers:
+            reader.replace_input_with(at, wide)
+        return wide
+
+    def _drop_unread(self) -> None:
+        for node in reversed(list(self._graph)):
+            if all(not output.uses() and not output.is_graph_output() for output in node.outputs):
+                self._graph.remove(node, safe=True)
+        for name, value in list(self._graph.initializers.items()):
+            if not value.uses():
+                del self._graph.initializers[name]
+
+
+def save_int8(model: ir.Model, path: Path, weights: WeightsFile) -> None:
+    """Write a converted graph, its weights in the weights file; shapes and single numbers stay inline."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype != ir.DataType.INT64 and len(tensor.shape):
+            value.const_value = stored_tensor(tensor, weights)
+    ir.save(model, path)
+
+
+def _root(value: ir.Value) -> ir.Value:
+    node = value.producer()
+    if node is not None and node.op_type == "Slice" and node.inputs[0] is not None:
+        return node.inputs[0]
+    return value
+
+
+def _constant(value: ir.Value | None) -> NDArray[Any]:
+    assert value is not None
+    assert value.const_value is not None
+    array: NDArray[Any] = value.const_value.numpy()
+    return array
