@@ -33,6 +33,7 @@ _PATCH = re.compile(r"tasks\.[^.]+\.conv1\.weight\.delta")
 _PATCH_FACTOR = re.compile(r"(?P<name>tasks\.[^.]+\.conv1\.weight\.delta)\.s")
 _SCALE = re.compile(r"(?P<name>(?:tasks\.[^.]+\..+\.(?:u|vh))|(?:merged\..+\.delta))\.scale")
 _INT8_MAX = 127
+_PATCH_RANKS = 2  # a convolution's delta has a flatter spectrum than the other matrices'
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Storage:
         factor_dtype: of the tasks' bases, and of what the first pass adds to the base's matrices. What else belongs
             to a task is stored in the 16-bit type (float16 beside int8). Singular values, heads and the base stay
             float32.
-        patch_embed: `low_rank` stores the deltas of conv1 as factors of the largest rank among the task's matrices.
+        patch_embed: `low_rank` stores the deltas of conv1 as factors, of twice the largest rank of the task's matrices.
     """
 
     factor_dtype: FactorDtype = "float32"
@@ -59,7 +60,8 @@ def encode(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]
     stored = dict(tensors)
     if storage.patch_embed == "low_rank":
         for name in [name for name in stored if _PATCH.fullmatch(name)]:
-            stored |= _patch_factors(name, stored.pop(name), _largest_rank(name, tensors))
+            rank = _PATCH_RANKS * _largest_rank(name, tensors)
+            stored |= _patch_factors(name, stored.pop(name), rank)
     if storage.factor_dtype == "float32":
         return stored
     half = _HALF[storage.factor_dtype]

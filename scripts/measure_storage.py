@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def score(recipe: Recipe, dtype: FactorDtype, data: Path, split: str, work: Path
 def main(recipe: Path, data: Path, split: str, json_path: Path | None) -> None:
     """Print a row for every setting."""
     parsed = load_recipe(recipe)
-    base = parsed.base.stat().st_size
+    base = 4 * sum(math.prod(shape) for shape in parsed.vision.parameter_shapes().values())
     rows: dict[str, dict[str, float]] = {}
     for name, (settings, dtype) in SETTINGS.items():
         with tempfile.TemporaryDirectory() as work:
