@@ -64,7 +64,8 @@ def test_decisions_on_real_images_are_those_of_fp32(
 ) -> None:
     recipe = load_recipe(RECIPE)
     parts = [
-        load_labelled_images(ZOO, task, "test").sample(PER_TASK) for task in read_manifest(zoo_bundle).tasks
+        load_labelled_images(ZOO, TaskInfo(task.name, task.classes), "test").sample(PER_TASK)
+        for task in read_manifest(zoo_bundle).tasks
     ]
     images = np.concatenate([part.pixel_values(recipe.preprocess) for part in parts])
     emulate_bundle(zoo_bundle, tmp_path, precision)
