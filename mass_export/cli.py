@@ -19,7 +19,7 @@ from mass_export.engine_options import (
     refuse_engine_options,
     settings_from_options,
 )
-from mass_export.errors import MassExportError
+from mass_export.errors import ExportError, MassExportError
 from mass_export.serving_commands import add_serving_commands
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def merge(
     help="Also build TensorRT engines, beside the graphs.",
 )  # fmt: skip
 @click.option(
-    "--precision", type=PRECISION, default="fp32", show_default=True,
-    help="Of the graphs; with --backend tensorrt of the engines, and the graphs stay fp32.",
+    "--precision", type=click.Choice([*PRECISION.choices, "int8"]), default="fp32", show_default=True,
+    help="Of the graphs; with --backend tensorrt of the engines, and the graphs stay fp32. int8 is for CPUs.",
 )  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle with the eager model.")
 @click.option("--triton", type=DIRECTORY, help="Also write a model repository for NVIDIA Triton here.")
@@ -166,6 +166,8 @@ def export(
 
     start = time.perf_counter()
     with_engines = backend == "tensorrt"
+    if with_engines and precision == "int8":
+        raise ExportError("precision: int8 is for CPUs; TensorRT engines are fp32, fp16 or bf16.")
     if not with_engines:
         refuse_engine_options(engine)
     loaded = read_artifact(artifact)
