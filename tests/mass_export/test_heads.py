@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -7,6 +9,7 @@ from safetensors.torch import save_file
 from mass_export.errors import HeadError
 from mass_export.heads import load_head
 from mass_export.recipe_sources import HeadRecipe
+from mass_export.tensor_files import PickledModuleWarning
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -31,6 +34,29 @@ def test_a_head_is_float32_with_or_without_a_bias(head_file):
     assert torch.equal(head.weight, torch.full((3, 16), 0.5))
     assert torch.equal(head.bias, torch.ones(3))
     assert load(HeadRecipe(recipe.file, "w")).bias is None
+
+
+class ClassificationHead(torch.nn.Linear):
+    """As the papers on merging pickle it."""
+
+    def __init__(self):
+        super().__init__(16, 3)
+        self.normalize = True
+        self.weight.data.mul_(100)
+
+
+def test_a_pickled_head_is_read_only_when_told_to(tmp_path):
+    module = ClassificationHead()
+    torch.save(module, tmp_path / "head_pets.pt")
+    recipe = HeadRecipe(tmp_path / "head_pets.pt", "weight", "bias")
+    with pytest.raises(
+        HeadError, match=r"task pets: head: .*head_pets\.pt: a pickle of more than tensors.*--allow-pickle"
+    ):
+        load(recipe)
+    with pytest.warns(PickledModuleWarning, match="no code of them ran"):
+        head = load(dataclasses.replace(recipe, allow_pickle=True))
+    assert torch.equal(head.weight, module.weight)
+    assert torch.equal(head.bias, module.bias)
 
 
 def test_torch_files_hold_heads_too(tmp_path):
