@@ -159,7 +159,7 @@ class Int8Conversion:
         self._graph.remove(node, safe=True)
 
     def replace_table(self, name: str, array: NDArray[Any]) -> None:
-        """Other numbers for an initializer, such as singular values that carry scales; int8 is widened as it is read."""
+        """Other numbers for an initializer, such as scaled singular values; int8 is widened as it is read."""
         table = self._graph.initializers.get(name)
         if table is None:
             return

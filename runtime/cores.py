@@ -75,7 +75,9 @@ def scaled_core(
 
     Args:
         tasks: of the set, ascending.
-        u_t, s, vh: of all tasks, steps. [T, R, D_out], [T, R], [T, R, D_in]
+        u_t: steps of the transposed left bases of all tasks. [T, R, D_out]
+        s: singular values. [T, R]
+        vh: steps of the right bases. [T, R, D_in]
         scales: of the rows of u_t and of vh. [T, R] each
     """
     left, right = ([scale[i] for i in tasks] for scale in scales)

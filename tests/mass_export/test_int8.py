@@ -91,7 +91,7 @@ def test_a_samples_result_does_not_depend_on_its_batch(both):
     np.testing.assert_allclose(together.residuals[0], alone.residuals[0], rtol=1e-5)
 
 
-def test_cores_carry_the_scales_of_int8_bases(both, tmp_path):
+def test_cores_carry_the_scales_of_int8_bases(both):
     bundle, target = both()
     plain, narrow = (read_manifest(path) for path in (bundle, target))
     full, scaled = (CoreCache(path, m.matrices, 4) for path, m in ((bundle, plain), (target, narrow)))
