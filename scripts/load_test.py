@@ -191,6 +191,9 @@ def measure(
         alone = direct(engine, part, batch_size)
         served = asyncio.run(run_clients(PORT, [call for *_, call in part], clients, tally))
         ratios.append(alone / served)
+        click.echo(
+            f"{per_image} a request, segment {segment}: {alone:.1f} s direct, {served:.1f} s served", err=True
+        )
         direct_rates.append(len(part) * per_image / alone)
         served_rates.append(len(part) * per_image / served)
     after = batch_counts()
@@ -217,7 +220,7 @@ def overhead(engine: Engine, images: Sequence[tuple[str, bytes]]) -> list[dict[s
     """One client, one request at a time: latency against a direct call, by images in a request."""
     rows = []
     for size in (1, 2, 4, 8, 16, 32):
-        jobs = [job for job in jobs_from_images(engine, images[: size * 40], size) if not job[1]]
+        jobs = [job for job in jobs_from_images(engine, images[: size * 20], size) if not job[1]]
         alone, served = [], []
         for job in jobs:
             alone.append(direct(engine, [job], 32))
@@ -261,20 +264,17 @@ def save(out: Path, stage: str, result: dict[str, Any]) -> None:
 @common
 @click.option("--requests", default=10_000, show_default=True)
 @click.option("--batch-wait", default=0.005, show_default=True)
-@click.option("--skip-overhead", is_flag=True)
-def throughput(
-    bundle: Path, data: Path, out: Path, requests: int, batch_wait: float, *, skip_overhead: bool
-) -> None:
+@click.option("--threads", default=1, show_default=True, help="Of the model, here and there.")
+def throughput(bundle: Path, data: Path, out: Path, requests: int, batch_wait: float, threads: int) -> None:
     """32 clients, mixed tasks, every answer compared; requests of 1 and of 8 images; overhead."""
-    threads = os.cpu_count() or 1
     engine = Engine(str(bundle), provider="cpu", threads=threads)
     images = encoded_images(data, 4000)
     with server(bundle, provider="cpu", threads=threads, batch_wait=batch_wait):
         result: dict[str, Any] = {"batch_wait_s": batch_wait, "threads": threads}
         result["one_image"] = measure(engine, jobs_from_images(engine, images, 1), requests, 32, 32)
-        result["eight_images"] = measure(engine, jobs_from_images(engine, images, 8), requests // 8, 32, 32)
-        if not skip_overhead:
-            result["overhead"] = overhead(engine, images)
+        result["eight_images"] = measure(engine, jobs_from_images(engine, images, 8), requests // 20, 32, 32)
+        save(out, "throughput", result)
+        result["overhead"] = overhead(engine, images)
     save(out, "throughput", result)
 
 
