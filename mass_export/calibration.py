@@ -255,9 +255,12 @@ def _joined(features: Mapping[Tap, Tensor], taps: Sequence[Tap]) -> NDArray[np.f
 def _with_absent_tasks(
     weight: NDArray[np.float64], bias: NDArray[np.float64], rows: NDArray[np.int64], T: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows of the tasks that had images; the others get the average task's. [T, M*D], [T] float32"""
-    full_weight, full_bias = np.tile(weight.mean(axis=0), (T, 1)), np.full(T, bias.mean())
-    full_weight[rows], full_bias[rows] = weight, bias
+    """Rows of the tasks that had images; the others get the average task's. [T, M*D], [T] float32
+
+    The average is subtracted from all: a softmax does not see it, and float32 is spared its magnitude.
+    """
+    full_weight, full_bias = np.zeros((T, weight.shape[1])), np.zeros(T)
+    full_weight[rows], full_bias[rows] = weight - weight.mean(axis=0), bias - bias.mean()
     return torch.from_numpy(full_weight).float(), torch.from_numpy(full_bias).float()
 
 

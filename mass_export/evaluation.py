@@ -38,6 +38,7 @@ class TaskScores:
         top_gate_accuracy: the right task has the largest gate.
         kept_accuracy: the right task is in the selected set.
         mean_tasks_selected: size of the selected set.
+        verified_share: images whose second-best task was run as well, because the route was unsure.
     """
 
     images: int
@@ -48,6 +49,7 @@ class TaskScores:
     top_gate_accuracy: float
     kept_accuracy: float
     mean_tasks_selected: float
+    verified_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Answers:
         known_class_index: the class given by the true task alone. [N]
         top_gate: task with the largest gate. [N]
         selected: the sets. [N, T] bool
+        verified: whether two tasks were run one by one. [N] bool
     """
 
     labels: NDArray[np.int64]
@@ -136,6 +139,7 @@ class Answers:
     known_class_index: NDArray[np.int64]
     top_gate: NDArray[np.int64]
     selected: NDArray[np.bool_]
+    verified: NDArray[np.bool_]
 
     def scores(self, task: int) -> TaskScores:
         """Scores when all images are of the task with this index."""
@@ -149,6 +153,7 @@ class Answers:
             top_gate_accuracy=_share(self.top_gate == task),
             kept_accuracy=_share(self.selected[:, task]),
             mean_tasks_selected=float(self.selected.sum(axis=1).mean()),
+            verified_share=_share(self.verified),
         )
 
 
@@ -206,6 +211,7 @@ def classify(classifier: Classifier, task: str, images: LabelledImages, spec: Pr
                 known_class_index,
                 unknown.gates.argmax(axis=1),
                 unknown.selected,
+                unknown.verified,
             )
         )
     return Answers(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mass_export.artifact import Artifact, write_artifact
 from mass_export.baselines import baselines_to_dict, evaluate_baselines, tsvm_recipe
+from mass_export.calibration import calibrate_pool, calibrate_task_images
 from mass_export.datasets import DEFAULT_SPLIT, load_labelled_images
 from mass_export.evaluation import evaluate_bundle
 from mass_export.examples import example_answers
@@ -27,6 +28,8 @@ from mass_export.spec import TaskInfo
 from mass_export.verify import verify_bundle
 from runtime.classifier import Classifier
 
+POOL_IMAGES = 300
+IMAGES_PER_TASK = 40
 VERIFIED_IMAGES = 512
 TIMED_IMAGES = 128
 TIMED_REPEATS = 3
@@ -61,9 +64,42 @@ def build_default(recipe: Recipe, data: Path, progress: Progress) -> tuple[Artif
     return merge(recipe, progress), {}
 
 
+def build_pool(recipe: Recipe, data: Path, progress: Progress) -> tuple[Artifact, dict[str, Any]]:
+    """The recipe's own settings, calibrated on validation images whose task and class nobody says."""
+    images = np.concatenate(list(_validation_images(recipe, data).values()))
+    rows = np.random.default_rng(0).permutation(len(images))[:POOL_IMAGES]
+    artifact = calibrate_pool(merge(recipe, progress), images[rows], source="validation", progress=progress)
+    return artifact, {"calibration_images": len(rows)}
+
+
+def build_task_images(recipe: Recipe, data: Path, progress: Progress) -> tuple[Artifact, dict[str, Any]]:
+    """The recipe's own settings, calibrated on a few validation images of each task."""
+    images = {
+        name: array[np.random.default_rng(0).permutation(len(array))[:IMAGES_PER_TASK]]
+        for name, array in _validation_images(recipe, data).items()
+    }
+    artifact, trials = calibrate_task_images(merge(recipe, progress), images, progress=progress)
+    return artifact, {
+        "calibration_images": {name: len(array) for name, array in images.items()},
+        "trials": [{"layer": trial.tap.layer, "routing_accuracy": trial.accuracy} for trial in trials],
+    }
+
+
+def _validation_images(recipe: Recipe, data: Path) -> dict[str, NDArray[np.float32]]:
+    """Normalised validation images by task."""
+    return {
+        task.name: load_labelled_images(data, TaskInfo(task.name, task.classes), "val").pixel_values(
+            recipe.preprocess
+        )
+        for task in recipe.tasks
+    }
+
+
 CONFIGURATIONS = (
     Configuration("paper", "The paper's settings, routing layer chosen on validation images.", build_paper),
     Configuration("default", "The recipe's own settings; no image is looked at.", build_default),
+    Configuration("pool", "Calibrated on 300 unlabelled validation images.", build_pool),
+    Configuration("task_images", "Calibrated on 40 validation images of each task.", build_task_images),
 )
 
 

@@ -119,7 +119,14 @@ def accuracy_table(evaluation: Mapping[str, Any], baselines: Mapping[str, Any] |
 
 def routing_table(evaluation: Mapping[str, Any]) -> Table:
     """How often the right task answers, has the largest gate, and is in the selected set."""
-    columns = ("Task", "Right task answers", "Has the largest gate", "Is in the set", "Tasks in the set")
+    columns = (
+        "Task",
+        "Right task answers",
+        "Has the largest gate",
+        "Is in the set",
+        "Tasks in the set",
+        "Verified",
+    )
     rows = [
         (
             task,
@@ -127,6 +134,7 @@ def routing_table(evaluation: Mapping[str, Any]) -> Table:
             percent(scores["top_gate_accuracy"]),
             percent(scores["kept_accuracy"]),
             f"{scores['mean_tasks_selected']:.2f}",
+            percent(scores.get("verified_share", 0.0)),
         )
         for task, scores in [*evaluation["tasks"].items(), ("Average", evaluation)]
     ]

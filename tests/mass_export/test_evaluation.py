@@ -23,6 +23,7 @@ def answers(labels, task_index, class_index, selected, known=None):
         known_class_index=np.array(class_index if known is None else known),
         top_gate=selected.argmax(axis=1),
         selected=selected,
+        verified=selected.sum(axis=1) > 1,
     )
 
 
@@ -46,6 +47,7 @@ def test_routing_counts_the_answering_task_and_kept_counts_the_set(two_tasks):
     assert scores.top_gate_accuracy == 0.75
     assert scores.kept_accuracy == 0.75
     assert scores.mean_tasks_selected == 1.5
+    assert scores.verified_share == 0.5
 
 
 def test_every_task_counts_once_in_the_average_however_many_images_it_has(two_tasks):
