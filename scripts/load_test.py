@@ -10,6 +10,7 @@ Direct and served segments take turns, so that what else the machine does hits b
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -31,6 +32,8 @@ from load_client import Call, Tally, aborting_client, post, run_clients, slow_cl
 from PIL import Image
 
 from runtime.serving.engine import Engine, Work
+from runtime.serving.server import running
+from runtime.serving.settings import ServeSettings
 
 PORT = 8765
 SEGMENTS = 10
@@ -145,13 +148,13 @@ def batch_counts() -> dict[str, float]:
     return counts
 
 
-def replica_pids() -> list[int]:
-    """Processes of replicas on this machine."""
+def replica_pids(title: bytes = b"ServeReplica:mass") -> list[int]:
+    """Processes of replicas (or others of Ray) on this machine."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if b"ServeReplica:mass" in (entry / "cmdline").read_bytes():
+                if title in (entry / "cmdline").read_bytes():
                     found.append(int(entry.name))
             except OSError:
                 continue
@@ -167,6 +170,15 @@ def memory_mib(pids: Sequence[int]) -> float:
         except OSError:
             continue
     return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+def cpu_s(pids: Sequence[int]) -> float:
+    """Processor time that processes have used: unlike elapsed time it does not depend on what else runs here."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -186,10 +198,18 @@ def measure(
     order = [jobs[i % len(jobs)] for i in range(requests)]
     tally, ratios, direct_rates, served_rates = Tally(), [], [], []
     before = batch_counts()
+    watched = {"replicas": replica_pids(), "proxy": replica_pids(b"ray::ProxyActor")}
+    used = dict.fromkeys(("direct", "replicas", "proxy", "clients"), 0.0)
     for segment in range(SEGMENTS):
         part = order[segment * each : (segment + 1) * each]
+        cpu = time.process_time()
         alone = direct(engine, part, batch_size)
+        used["direct"] += time.process_time() - cpu
+        cpu, started = time.process_time(), {name: cpu_s(pids) for name, pids in watched.items()}
         served = asyncio.run(run_clients(PORT, [call for *_, call in part], clients, tally))
+        used["clients"] += time.process_time() - cpu
+        for name, pids in watched.items():
+            used[name] += cpu_s(pids) - started[name]
         ratios.append(alone / served)
         click.echo(
             f"{per_image} a request, segment {segment}: {alone:.1f} s direct, {served:.1f} s served", err=True
@@ -208,6 +228,11 @@ def measure(
         "direct_images_per_s": statistics.median(direct_rates),
         "served_images_per_s": statistics.median(served_rates),
         "ratio": statistics.median(ratios),
+        "cpu_ms_per_image": {
+            name: 1000 * seconds / (each * SEGMENTS * per_image) for name, seconds in used.items()
+        },
+        "cpu_ratio_replica": used["direct"] / used["replicas"],
+        "cpu_ratio_replica_and_proxy": used["direct"] / (used["replicas"] + used["proxy"]),
         "ratios": ratios,
         **quantiles([latency for _, latency, status in tally.answers if status == 200]),
         "batches": batches,
@@ -280,7 +305,7 @@ def throughput(bundle: Path, data: Path, out: Path, requests: int, batch_wait: f
 
 @main.command()
 @common
-@click.option("--requests", default=2000, show_default=True)
+@click.option("--requests", default=400, show_default=True)
 def replicas(bundle: Path, data: Path, out: Path, requests: int) -> None:
     """One and two replicas with a thread each."""
     engine = Engine(str(bundle), provider="cpu", threads=1)
@@ -290,6 +315,58 @@ def replicas(bundle: Path, data: Path, out: Path, requests: int) -> None:
         with server(bundle, provider="cpu", threads=1, replicas=count):
             rows[str(count)] = measure(engine, jobs, requests, 32, 32)
     save(out, "replicas", rows)
+
+
+@main.command()
+@common
+@click.option("--seconds", default=15.0, show_default=True, help="Of each phase.")
+def nodes(bundle: Path, data: Path, out: Path, seconds: float) -> None:
+    """Two Ray nodes with a replica each; one is removed under load."""
+    os.environ["RAY_SERVE_WORKER_PROXY_HTTP_PORT"] = str(PORT + 1)  # both nodes are this machine
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's name
+    import ray  # noqa: PLC0415
+    from ray.cluster_utils import Cluster  # noqa: PLC0415
+
+    engine = Engine(str(bundle), provider="cpu", threads=1)
+    calls = [call for *_, call in jobs_from_images(engine, encoded_images(data, 1000), 1)]
+    settings = ServeSettings(bundle=str(bundle), port=PORT, provider="cpu", threads=1, replicas=2)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200 << 20})
+    second = cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+    with running(dataclasses.replace(settings, address=cluster.address)):
+        by_node: dict[str, int] = {}
+        for actor in replica_nodes():
+            by_node[actor] = by_node.get(actor, 0) + 1
+        phases = asyncio.run(node_phases(cluster, second, calls, seconds))
+        after = replica_nodes()
+    ray.shutdown()
+    cluster.shutdown()
+    save(out, "nodes", {"replicas_by_node": by_node, "phases": phases, "nodes_after": after})
+
+
+def replica_nodes() -> list[str]:
+    """The node of each living replica."""
+    from ray._private.state import actors  # noqa: PLC0415 - the public listing needs Ray's dashboard
+
+    living = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
+    return [a["Address"]["NodeID"] for a in living if a["ActorClassName"].startswith("ServeReplica:mass")]
+
+
+async def node_phases(cluster: Any, second: Any, calls: list[Call], seconds: float) -> list[dict[str, Any]]:
+    """Load before, while and after a node is removed."""
+    phases = []
+    for name in ("two nodes", "one removed", "one node"):
+        tally = Tally()
+        load = asyncio.create_task(run_clients(PORT, calls, 8, tally, seconds=seconds))
+        if name == "one removed":
+            await asyncio.sleep(seconds / 4)
+            await asyncio.to_thread(cluster.remove_node, second, allow_graceful=False)
+        await load
+        good = [latency for _, latency, status in tally.answers if status == 200]
+        phases.append(
+            {"phase": name, "statuses": tally.statuses(), "wrong": tally.wrong, **quantiles(good or [0])}
+        )
+        click.echo(phases[-1], err=True)
+    return phases
 
 
 @main.command()

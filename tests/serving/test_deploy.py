@@ -53,5 +53,10 @@ def test_the_pods_are_ones_that_kubernetes_takes(service):
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     for group in groups:
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": group["template"]["spec"]}
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "x"},
+            "spec": group["template"]["spec"],
+        }
         validator.validate(pod, "1.31", strict=True)
