@@ -61,6 +61,7 @@ def open_sessions(
         engines = _find_engines(directory, manifest, max_batch if build_engines else None)
         return _open_engines(directory, manifest, engines, core_cache_sets, cuda_graphs=cuda_graphs)
 
+    provider = _for_precision(provider, manifest)
     if provider == "tensorrt":
         if not manifest.engines and not _may_be_installed() and is_offered("tensorrt"):
             return _open_both(directory, manifest, "tensorrt", None)
@@ -78,6 +79,16 @@ def open_sessions(
         except BackendError as error:
             _LOG.info("CUDA did not start, taking the CPU: %s", error)
     return _open_both(directory, manifest, "cpu", num_threads)
+
+
+def _for_precision(provider: Provider, manifest: Manifest) -> Provider:
+    if manifest.precision != "int8":
+        return provider
+    if provider not in ("auto", "cpu"):
+        raise BackendError(
+            f"provider {provider!r}: int8 bundles are for CPUs; export fp32 or fp16 for a GPU."
+        )
+    return "cpu"
 
 
 def choose_engines(manifest: Manifest, capability: str) -> tuple[EngineSpec, EngineSpec] | None:

@@ -14,11 +14,12 @@ from mass_export import engine_bundle
 from mass_export.cli import main
 from mass_export.engine_bundle import build_engines
 from mass_export.progress import Progress
+from runtime.backends import open_sessions
 from runtime.bundle import FIRST_PASS, SECOND_PASS, check_files, read_manifest
 from runtime.engine_cache import cached_engines
 from runtime.engine_settings import EngineSettings
 from runtime.engine_spec import Precision
-from runtime.errors import EngineError
+from runtime.errors import BackendError, EngineError
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -162,6 +163,17 @@ def test_half_bundles_build_only_their_own_precision(
     assert {engine.key.precision for engine in read_manifest(half).engines} == {"fp16"}
     with pytest.raises(EngineError, match="export it as fp32 to build bf16"):
         build_engines(half, EngineSettings("tensorrt_rtx", precision="bf16"), progress=QUIET)
+
+
+def test_int8_bundles_get_no_engines_and_do_not_run_on_a_gpu(bundle: Path, fake_builds: list[Path]) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(path.read_text().replace('"precision": "fp32"', '"precision": "int8"'))
+    with pytest.raises(EngineError, match="int8, for CPUs"):
+        build_engines(bundle, SMALL, progress=QUIET)
+    for provider in ("cuda", "tensorrt"):
+        with pytest.raises(BackendError, match=f"'{provider}': int8 bundles are for CPUs"):
+            open_sessions(bundle, read_manifest(bundle), provider, None)  # type: ignore[arg-type]
+    assert not fake_builds
 
 
 def test_stripped_engines_need_the_graphs_in_their_precision(bundle: Path) -> None:
