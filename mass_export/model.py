@@ -33,6 +33,7 @@ from runtime.routing import Selection, answer, gates_from_residuals, select_task
 from runtime.verification import verify_routes
 
 CACHED_SETS = 16
+CACHED_BYTES = 2 << 30  # of merged models; one is kept whatever its size
 
 
 class MassModel:
@@ -126,7 +127,8 @@ class MassModel:
                     delta = torch.zeros(())
                 params[name] = (parameter.double() + delta).to(self.dtype)
             self._merged[key] = params
-            if len(self._merged) > CACHED_SETS:
+            size = sum(parameter.numel() * parameter.element_size() for parameter in params.values())
+            while len(self._merged) > min(CACHED_SETS, max(1, CACHED_BYTES // size)):
                 self._merged.popitem(last=False)
         self._merged.move_to_end(key)
         return self._merged[key]
