@@ -29,6 +29,8 @@ from runtime.serving.settings import ServeSettings, settings_from
 
 DEPLOYMENT = "Classifier"
 STUCK_S = 60.0
+MAX_WAIT_S = 0.25
+SMOOTHING = 0.2
 
 
 @serve.ingress()
@@ -55,9 +57,11 @@ class Replica:
         self._thread = ThreadPoolExecutor(1, "model")
         self._busy_since: float | None = None
         self._deployed = version
+        self._image_s = 0.0  # time of an image in the model, smoothed
         batching: Any = self._batched  # Ray adds the setters
         batching.set_max_batch_size(settings.batch_size)
-        batching.set_batch_wait_timeout_s(settings.batch_wait)
+        self._wait = batching.set_batch_wait_timeout_s
+        self._wait(settings.batch_wait)
         self._service = Service(
             settings.name, self._engine, self._metrics, settings, self._run, settings.batch_size
         )
@@ -74,14 +78,20 @@ class Replica:
 
     @serve.batch(batch_size_fn=lambda works: sum(map(len, works)))
     async def _batched(self, works: Sequence[Work]) -> list[list[Prediction] | MassRuntimeError]:
+        """Run a batch. Meanwhile the next one may wait for as long as this one takes: sooner it cannot begin."""
         start = self._busy_since = time.monotonic()
+        images = sum(map(len, works))
+        self._wait(min(MAX_WAIT_S, max(self._settings.batch_wait, images * self._image_s)))
         try:
             found = await asyncio.get_running_loop().run_in_executor(
                 self._thread, run_isolated, self._engine, works
             )
         finally:
             self._busy_since = None
-        self._metrics.batch(sum(map(len, works)), time.monotonic() - start)
+            self._wait(self._settings.batch_wait)
+        elapsed = time.monotonic() - start
+        self._image_s += SMOOTHING * (elapsed / images - self._image_s)
+        self._metrics.batch(images, elapsed)
         return found
 
     def check_health(self) -> None:

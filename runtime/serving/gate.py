@@ -12,7 +12,7 @@ import asyncio
 import hmac
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -27,6 +27,7 @@ SERVED_BY = b"x-mass-bundle"  # a header of every response of the application
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/favicon.ico"})
 ATTEMPTS = 3
 PAUSE_S = 0.2
+HELD_REQUESTS = 16  # of the largest size, together
 
 
 class Gate:
@@ -47,6 +48,7 @@ class Gate:
         self._limits = limits
         self._key = api_key.encode() if api_key else None
         self._proxy = proxy
+        self._held = 0  # bytes of all requests that are being taken or answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on when it is whole and welcome."""
@@ -54,13 +56,16 @@ class Gate:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
+        taken = _Taken()
         try:
             self._check(scope)
-            body = await self._body(scope, receive)
+            body = await self._body(scope, receive, taken)
             if body is not None:
                 await self._pass_on(scope, body, receive, send)
         except RequestProblem as problem:
             await send_problem(problem, send)
+        finally:
+            self._held -= taken.held
 
     def _check(self, scope: Scope) -> None:
         if self._key is None or scope["path"] in OPEN_PATHS:
@@ -70,7 +75,14 @@ class Gate:
         if not hmac.compare_digest(given, self._key):
             raise RequestProblem(401, "this server asks for a key: send it as `Authorization: Bearer KEY`.")
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+    def _hold(self, count: int, taken: _Taken) -> None:
+        """Account for memory; many large requests at once must not fill it."""
+        if self._held + count > HELD_REQUESTS * self._limits.max_body_bytes:
+            raise RequestProblem(503, "too many large requests at once; try again.")
+        self._held += count
+        taken.held += count
+
+    async def _body(self, scope: Scope, receive: Receive, taken: _Taken) -> bytes | None:
         """The whole body; None if the client went away."""
         most = self._limits.max_body_bytes
         announced = dict(scope["headers"]).get(b"content-length", b"0")
@@ -84,6 +96,7 @@ class Gate:
                     chunk = message.get("body", b"")
                     more, size = message.get("more_body", False), size + len(chunk)
                     if size <= most:
+                        self._hold(len(chunk), taken)
                         chunks.append(chunk)
                     elif size > 2 * most:
                         break  # a little is read to its end, so that the client is there to read the answer
@@ -110,6 +123,13 @@ class Gate:
             if attempt + 1 < ATTEMPTS:
                 await asyncio.sleep(PAUSE_S * (attempt + 1))  # the proxy learns of the death meanwhile
         raise RequestProblem(503, "the replica failed before it answered; try again.")
+
+
+@dataclass
+class _Taken:
+    """Bytes that one request holds."""
+
+    held: int = 0
 
 
 class _Answer:

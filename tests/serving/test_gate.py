@@ -5,7 +5,7 @@ import pytest
 from runtime.serving.gate import Gate
 from runtime.serving.settings import Limits
 
-LIMITS = Limits(max_body_mib=0.001, body_timeout=0.2)  # 1048 bytes
+LIMITS = Limits(max_body_mib=0.001, body_timeout=0.5)  # 1048 bytes
 
 
 def call(gate, chunks=(b"x",), headers=(), path="/v1/classify", pause=0.0):
@@ -108,3 +108,39 @@ def test_a_client_that_left_costs_nothing():
 
     asyncio.run(Gate(inner, LIMITS)({"type": "http", "path": "/", "headers": []}, receive, send))
     assert inner.calls == []
+
+
+def test_many_large_requests_at_once_are_put_off_and_memory_is_given_back():
+    gate = Gate(Inner(), Limits(max_body_mib=0.001, body_timeout=60))
+    waiting = asyncio.Event()
+    sent = []
+
+    async def slowly():
+        await waiting.wait()
+        return {"type": "http.disconnect"}
+
+    def receiver():
+        chunks = [{"type": "http.request", "body": b"x" * 1000, "more_body": True}]
+
+        async def receive():
+            return chunks.pop() if chunks else await slowly()
+
+        return receive
+
+    async def send(message):
+        sent.append(message)
+
+    async def crowd():
+        scope = {"type": "http", "path": "/v1/classify", "headers": []}
+        tasks = [asyncio.create_task(gate(dict(scope), receiver(), send)) for _ in range(30)]
+        await asyncio.sleep(0.05)
+        statuses = [message["status"] for message in sent if "status" in message]
+        waiting.set()
+        await asyncio.gather(*tasks)
+        return statuses
+
+    statuses = asyncio.run(crowd())
+    assert set(statuses) == {503}
+    assert 10 < len(statuses) < 20
+    assert call(gate, [b"x"])[0] == 200
+    assert gate._held == 0

@@ -136,3 +136,13 @@ def test_a_batch_job_runs_on_ray(bundle, tmp_path, png):
     assert done.returncode == 0, done.stderr
     assert "12 images, 1 of them unreadable" in done.stdout
     assert pq.read_table(tmp_path / "out.parquet").num_rows == 12
+
+
+def test_neither_command_imports_a_builder():
+    code = (
+        "import sys; blocked = ('torch', 'onnx', 'open_clip', 'mass_export', 'click');"
+        "sys.modules.update(dict.fromkeys(blocked));"
+        "import runtime.serving.__main__, runtime.serving.deployment, runtime.serving.batch_part;"
+        "import runtime.serving.triton"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=START_S, cwd=Path(__file__).parents[2])
