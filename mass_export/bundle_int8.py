@@ -14,6 +14,7 @@ from mass_export.graph import tensor_spec
 from mass_export.int8 import Int8Conversion, int8_rows, save_int8
 from mass_export.weights_file import WeightsFile
 from runtime.bundle import (
+    FIRST_PASS,
     MANIFEST_FILE,
     FileSpec,
     Manifest,
@@ -25,14 +26,20 @@ from runtime.bundle import (
     sha256_of_file,
 )
 
+# Most of what rounding does to a routing feature comes from these; see docs/speed.md.
+PRECISE_ROUTER = (".attn.", "conv1.")
 
-def convert_bundle_int8(source: Path, manifest: Manifest, target: Path) -> Manifest:
+
+def convert_bundle_int8(
+    source: Path, manifest: Manifest, target: Path, *, precise_router: bool = False
+) -> Manifest:
     """Write a copy of an fp32 bundle in eight bits; see `mass_export.int8`.
 
     Args:
         source: bundle directory.
         manifest: its manifest.
         target: empty directory.
+        precise_router: keep attention and the patch convolution of the first pass in fp32.
     """
     weights_file = next(iter(manifest.matrices)).u_t.file
     passes, one_task = {}, manifest.one_task
@@ -43,7 +50,8 @@ def convert_bundle_int8(source: Path, manifest: Manifest, target: Path) -> Manif
             conv1 = _Convolutions(source, one_task.tables)
             tables = conv1.store(weights)
         for name, spec in manifest.passes.items():
-            passes[name] = _convert_pass(source / spec.file, spec, target, weights, stored, conv1)
+            kept = PRECISE_ROUTER if precise_router and name == FIRST_PASS else ()
+            passes[name] = _convert_pass(source / spec.file, spec, target, weights, stored, conv1, kept)
         if one_task is not None:
             model = ir.load(source / one_task.file)
             conversion = Int8Conversion(model.graph)
@@ -107,9 +115,10 @@ def _convert_pass(
     weights: WeightsFile,
     stored: dict[str, _Bases],
     conv1: _Convolutions | None,
+    kept: tuple[str, ...],
 ) -> PassSpec:
     model = ir.load(onnx_file)
-    conversion = Int8Conversion(model.graph)
+    conversion = Int8Conversion(model.graph, kept)
     conversion.run()
     for name, bases in stored.items():
         conversion.replace_table(f"bases.{name}.u_t", bases.u_t)

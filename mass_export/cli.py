@@ -139,6 +139,10 @@ def merge(
     "--precision", type=click.Choice([*PRECISION.choices, "int8"]), default="fp32", show_default=True,
     help="Of the graphs; with --backend tensorrt of the engines, and the graphs stay fp32. int8 is for CPUs.",
 )  # fmt: skip
+@click.option(
+    "--precise-router", is_flag=True,
+    help="int8: attention and patches of the first pass stay fp32; larger, slower, routes more like fp32.",
+)  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle with the eager model.")
 @click.option("--triton", type=DIRECTORY, help="Also write a model repository for NVIDIA Triton here.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
@@ -149,6 +153,7 @@ def export(
     *,
     backend: str,
     precision: Precision,
+    precise_router: bool,
     no_verify: bool,
     triton: Path | None,
     quiet: bool,
@@ -168,6 +173,8 @@ def export(
     with_engines = backend == "tensorrt"
     if with_engines and precision == "int8":
         raise ExportError("precision: int8 is for CPUs; TensorRT engines are fp32, fp16 or bf16.")
+    if precise_router and precision != "int8":
+        raise ExportError(f"precise_router: goes with --precision int8, got {precision}.")
     if not with_engines:
         refuse_engine_options(engine)
     loaded = read_artifact(artifact)
@@ -179,6 +186,7 @@ def export(
         progress=Progress(quiet=quiet),
         precision="fp32" if with_engines else precision,
         engines=settings_from_options(precision, engine) if with_engines else None,
+        precise_router=precise_router,
     )
     checked = "not verified" if no_verify else "verified"
     what = f"{precision} engines" if with_engines else precision

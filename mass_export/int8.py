@@ -64,8 +64,10 @@ class _Dense:
 class Int8Conversion:
     """One graph under conversion: its products with dense weights, and its stored bases."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, kept: tuple[str, ...] = ()) -> None:
+        """Prepare; products whose weights' names contain one of `kept` stay fp32."""
         self._graph = graph
+        self._kept = kept
         self._dense: dict[ir.Value, _Dense] = {}
         self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # x -> uint8 steps, scale by token
         self._constants: dict[str, ir.Value] = {}
@@ -96,6 +98,8 @@ class Int8Conversion:
             return False
         name = str(root.name)
         bare = name.removesuffix(".T").split(".", 1)[-1]
+        if any(part in name for part in self._kept):
+            return False
         return name.startswith(DENSE) and bare not in KEPT and len(root.const_value.shape) == 2
 
     def _rounded_weight(self, weight: ir.Value) -> _Dense:

@@ -55,6 +55,7 @@ def export_bundle(
     progress: Progress,
     precision: Precision = "fp32",
     engines: EngineSettings | None = None,
+    precise_router: bool = False,
 ) -> Path:
     """Write a bundle directory.
 
@@ -69,6 +70,7 @@ def export_bundle(
         progress: where to show it.
         precision: of the graphs, `fp32`, `fp16` or `int8`.
         engines: also build TensorRT engines, so.
+        precise_router: with int8, see `convert_bundle_int8`.
 
     Raises:
         EngineError: TensorRT is missing or refuses.
@@ -87,7 +89,7 @@ def export_bundle(
             full, staged = staged, Path(scratch) / precision
             staged.mkdir()
             if precision == "int8":
-                convert_bundle_int8(full, manifest, staged)
+                convert_bundle_int8(full, manifest, staged, precise_router=precise_router)
             else:
                 convert_bundle(full, manifest, staged, precision)
             shutil.rmtree(full)

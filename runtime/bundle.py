@@ -131,7 +131,7 @@ class OneTaskSpec:
     All are float32, as they lie in the files: nothing is gathered or copied. Beside `pixel_values`:
         right.<name>, scale.<name>, left.<name>: vh, s and u_t of each of `matrices`. [R, D_in], [R], [R, D_out]
         vectors, conv1: the task's rows of `tables`; absent with the base's parameters for all tasks. [P], [3*P*P, D]
-    In an int8 bundle left, right and conv1 are int8; scale carries their rows' scales, and conv1_scale [D] comes in, too.
+    In an int8 bundle left, right and conv1 are int8; scale carries their rows' scales; conv1_scale [D] comes in, too.
     """
 
     file: str

@@ -126,3 +126,31 @@ def test_export_writes_int8_and_refuses_engines_of_it(pico_bundle, tmp_path):
     refused = CliRunner().invoke(main, [*arguments, "--precision", "int8", "--backend", "tensorrt"])
     assert refused.exit_code == 1
     assert "int8 is for CPUs" in refused.stderr
+    wrong = CliRunner().invoke(main, [*arguments, "--precise-router"])
+    assert "goes with --precision int8" in wrong.stderr
+
+
+def test_a_precise_router_keeps_attention_and_is_closer_to_fp32(pico_bundle, tmp_path):
+    _, _, bundle = pico_bundle(router={"layer": 2})
+    errors = []
+    for precise in (False, True):
+        target = tmp_path / str(precise)
+        target.mkdir()
+        convert_bundle_int8(bundle, read_manifest(bundle), target, precise_router=precise)
+        with (
+            Classifier(bundle, "cpu", num_threads=1) as full,
+            Classifier(target, "cpu", num_threads=1) as narrow,
+        ):
+            expected, actual = (c.forward(images(32)).residuals for c in (full, narrow))
+        errors.append(np.sqrt(np.mean((actual / expected - 1) ** 2)))
+    assert errors[1] < errors[0]
+
+
+def test_vnni_is_what_linux_says(tmp_path):
+    from runtime.onnx_session import has_vnni
+
+    for flags, expected in (("avx2 avx512_vnni", True), ("avx2 avx_vnni", True), ("avx2 fma", False)):
+        file = tmp_path / flags.replace(" ", "_")
+        file.write_text(f"flags : {flags}")
+        assert has_vnni(file) is expected
+    assert not has_vnni(tmp_path / "absent")
