@@ -33,7 +33,7 @@ class MergeSettings:
     Attributes:
         base_merge: the first pass: `tsvm`, `isotropic`, `mean`, `zeroshot`; or `file`, a merged checkpoint.
         compose: matrices of the second pass for sets of several tasks: `tsvm` or `sum`.
-        sum_weights: weights of `compose: sum`, uniform (the sum) or the gates of the set.
+        sum_weights: weights of `compose: sum`, uniform (the mean, 1/K each) or the gates of the set.
         vectors: vector parameters of the second pass: mean of the set's deltas, or the base's.
         head_choice: the head that answers: the largest `max` or `mean` logit.
     """
