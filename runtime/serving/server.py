@@ -16,12 +16,14 @@ from typing import Any
 from runtime.bundle import check_files, read_manifest
 from runtime.errors import BackendError, MassRuntimeError
 from runtime.serving.engine import bundle_digest
-from runtime.serving.gate import LIMITS_VARIABLE, limits_to_environment
+from runtime.serving.gate import KEY_VARIABLE, LIMITS_VARIABLE, limits_to_environment
 from runtime.serving.metrics import DIRECTORY_VARIABLE
 from runtime.serving.settings import MIB, ServeSettings, processors
 
 OBJECT_STORE_BYTES = 200 * MIB  # requests pass through it only when they are large
 APP = "mass"
+CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+PASSED_ON = (CALLBACK_VARIABLE, LIMITS_VARIABLE, KEY_VARIABLE, DIRECTORY_VARIABLE)
 
 _LOG = logging.getLogger("runtime.serving")
 
@@ -49,7 +51,7 @@ def running(settings: ServeSettings) -> Iterator[None]:
     scratch = Path(tempfile.mkdtemp(prefix="mass-serve-"))
     os.environ[DIRECTORY_VARIABLE] = str(scratch / "metrics")
     os.environ[LIMITS_VARIABLE] = limits_to_environment(settings)
-    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "runtime.serving.gate.proxy_middlewares"
+    os.environ[CALLBACK_VARIABLE] = "runtime.serving.gate.proxy_middlewares"
     try:
         with ray_cluster(settings.address):
             from ray import serve  # noqa: PLC0415 - reads the environment that was set above
@@ -123,16 +125,15 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         raise BackendError(f"Ray cannot be imported ({error}); pip install 'mass-export[serve]'.") from error
     joined = ray.is_initialized()
     if not joined:
-        options: dict[str, Any] = (
-            {"address": address}
-            if address
-            else {
-                "num_cpus": processors(),
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "include_dashboard": False,
-                "_node_ip_address": "127.0.0.1",
-            }
-        )
+        options: dict[str, Any] = {
+            "num_cpus": processors(),
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
+        if address:  # its processes do not inherit the environment of this one
+            passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+            options = {"address": address, "runtime_env": {"env_vars": passed}}
         ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
     try:
         yield
