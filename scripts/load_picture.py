@@ -30,8 +30,8 @@ def draw_faults(ax: Any, faults: dict[str, Any]) -> None:
         good = np.array([a[:2] for a in phase["answers"] if a[2] == 200])
         other = np.array([a[0] for a in phase["answers"] if a[2] != 200])
         if len(good):
-            ax.plot(good[:, 0], 1000 * good[:, 1], ".", ms=1.5, color="C0", alpha=0.4)
-        ax.plot(other, np.full(len(other), 1.5), "|", ms=6, color="C3", alpha=0.4)
+            ax.plot(good[:, 0], 1000 * good[:, 1], ".", ms=1.5, color="C0", alpha=0.4, rasterized=True)
+        ax.plot(other, np.full(len(other), 1.5), "|", ms=6, color="C3", alpha=0.4, rasterized=True)
         ax.axvline(phase["start_s"], color="0.85", lw=0.8, zorder=0)
         ax.text(phase["start_s"] + 0.3, 0.99 - 0.055 * (index % 3), phase["phase"], fontsize=7,
                 transform=ax.get_xaxis_transform(), va="top")  # fmt: skip

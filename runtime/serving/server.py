@@ -126,6 +126,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     joined = ray.is_initialized()
     if not joined:
         options: dict[str, Any] = {
+            "address": "local",  # never one that happens to run here
             "num_cpus": processors(),
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": False,
