@@ -25,8 +25,8 @@ from mass_export.serving_commands import add_serving_commands
 if TYPE_CHECKING:
     from mass_export.factor_storage import FactorDtype
     from mass_export.tables import Table
-    from runtime.backends import Provider
     from runtime.engine_spec import Precision
+    from runtime.provider import Provider
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 PROVIDER = click.Choice(["auto", "cpu", "cuda", "tensorrt"])

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from mass_export.datasets import DEFAULT_SPLIT, LabelledImages, load_labelled_images
 from mass_export.progress import Progress
 from mass_export.spec import TaskInfo
-from runtime.backends import Provider
 from runtime.bundle import PreprocessSpec
 from runtime.classifier import Classifier
+from runtime.provider import Provider
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from mass_export.engine_bundle import build_engines
 from mass_export.progress import Progress
 from mass_export.tables import Table, percent
 from mass_export.verify import Parity, combine, compare
-from runtime.backends import Provider
 from runtime.bundle import read_manifest
 from runtime.classifier import Classifier, ForwardResult
 from runtime.engine_settings import EngineSettings
 from runtime.engine_spec import Precision
 from runtime.errors import BackendError
+from runtime.provider import Provider
 
 FP32_LOGITS = 1e-4  # of the largest logit
 FP32_RESIDUALS = 1e-3

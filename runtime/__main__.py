@@ -8,10 +8,10 @@ import sys
 import typing
 from collections.abc import Sequence
 
-from runtime.backends import Provider
 from runtime.classifier import Classifier
 from runtime.errors import MassRuntimeError
 from runtime.prediction import Prediction
+from runtime.provider import Provider
 
 
 def _parser() -> argparse.ArgumentParser:

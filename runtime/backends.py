@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Literal
 
 from runtime.bundle import FIRST_PASS, SECOND_PASS, Manifest, OneTaskSpec
 from runtime.cuda_device import compute_capability
@@ -15,10 +14,9 @@ from runtime.engine_cache import cache_directory, cached_engines
 from runtime.engine_spec import EngineKey, EngineSpec, Flavour, is_compatible
 from runtime.errors import BackendError
 from runtime.onnx_session import LazySession, OnnxProvider, OnnxSession, is_offered
+from runtime.provider import Provider
 from runtime.session import Session
 from runtime.tensorrt_session import TensorRtSession
-
-Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")  # the first that fits is taken
 AMPERE = 8.0  # portable engines run on it and on what came after it

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends import Provider, open_one_task, open_sessions
+from runtime.backends import open_one_task, open_sessions
 from runtime.bundle import (
     GateMode,
     HeadChoice,
@@ -31,6 +31,7 @@ from runtime.errors import BackendError, InputError
 from runtime.one_task import OneTaskPass
 from runtime.prediction import ForwardResult, Prediction, joined, predictions_from_result
 from runtime.preprocess import ImageSource, pixel_values_from_images
+from runtime.provider import Provider
 from runtime.routing import Selection, answer, gates_from_residuals, select_tasks
 from runtime.second_pass import TaskSet, run_second_pass
 from runtime.verification import verify_routes

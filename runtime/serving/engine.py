@@ -12,12 +12,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends import Provider
 from runtime.bundle import MANIFEST_FILE
 from runtime.classifier import Classifier
 from runtime.errors import InputError
 from runtime.prediction import Prediction, predictions_from_result
 from runtime.preprocess import ImageSource, pixel_values_from_images
+from runtime.provider import Provider
 from runtime.serving.images import image_from_bytes
 
 WARM_UP_SIZES = (1, 2)

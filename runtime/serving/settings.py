@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from runtime.backends import Provider
 from runtime.errors import InputError
+from runtime.provider import Provider
 
 MIB = 1 << 20
 

@@ -175,7 +175,14 @@ def test_the_accuracy_table_ends_with_the_average_and_its_share_of_fine_tuned(re
 
 
 def test_the_routing_table_shows_sets(report):
-    assert routing_table(report["core"]["paper"]).rows[-1] == ("Average", "75.0%", "75.0%", "100.0%", "1.25")
+    assert routing_table(report["core"]["paper"]).rows[-1] == (
+        "Average",
+        "75.0%",
+        "75.0%",
+        "100.0%",
+        "1.25",
+        "0.0%",
+    )
 
 
 def test_markdown_columns_are_aligned_for_readers_of_the_text():

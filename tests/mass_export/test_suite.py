@@ -25,7 +25,7 @@ def suite(pico_data, tmp_path):
 def test_a_suite_holds_every_configuration_s_figures_and_survives_json(suite, tmp_path):
     path, data, report = suite
     assert json.loads(json.dumps(report)) == report
-    assert report["configurations"] == ["paper", "default"]
+    assert report["configurations"] == ["paper", "default", "pool", "task_images"]
     rows = evaluate_baselines(load_recipe(path), data, progress=QUIET)
     assert report["baselines"]["tsvm"]["tasks"] == rows[3].tasks
     for name in report["configurations"]:

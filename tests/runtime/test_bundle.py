@@ -98,7 +98,7 @@ def test_sum_weights_may_be_absent(edit_manifest):
             set_key("passes", "first_pass", "inputs", 0, "shape", 1, value=1.5),
             r"shape\[1\]: expected int | str",
         ),
-        (set_key("matrices", 0, "u_t", "dtype", value="object"), "u_t: dtype must be one of float16"),
+        (set_key("matrices", 0, "u_t", "dtype", value="object"), "u_t: dtype must be one of int8, float16"),
         (set_key("matrices", 0, "s", "shape", value=[4, 2, 1]), "s: shape .* is not that of stacked bases"),
         (set_key("matrices", 0, "vh", "shape", value=[4, -2, 12]), "vh: shape .* is not that"),
         (set_key("matrices", 0, "vh", "offset", value=-4), "vh: lies at bytes -4"),

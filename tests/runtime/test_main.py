@@ -48,7 +48,10 @@ def test_several_tasks_may_be_named(toy_bundle, image_files, capsys):
     [
         (["--task", "boats"], "error: tasks: unknown 'boats'"),
         (["--top-k", "0"], "error: top_k"),
-        (["--provider", "tensorrt"], "error: this bundle has no TensorRT engines"),
+        (
+            ["--provider", "tensorrt"],
+            ("error: this bundle has no TensorRT engines", "error: TensorRT needs an NVIDIA GPU"),
+        ),
     ],
 )
 def test_a_mistake_is_one_error_line_and_no_output(toy_bundle, image_files, capsys, arguments, match):
