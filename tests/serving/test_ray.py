@@ -140,7 +140,7 @@ def test_a_batch_job_runs_on_ray(bundle, tmp_path, png):
 
 def test_neither_command_imports_a_builder():
     code = (
-        "import sys; blocked = ('torch', 'onnx', 'open_clip', 'mass_export', 'click');"
+        "import sys; blocked = ('torch', 'onnx', 'open_clip', 'mass_export');"
         "sys.modules.update(dict.fromkeys(blocked));"
         "import runtime.serving.__main__, runtime.serving.deployment, runtime.serving.batch_part;"
         "import runtime.serving.triton"
