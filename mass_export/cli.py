@@ -136,8 +136,8 @@ def merge(
     help="Also build TensorRT engines, beside the graphs.",
 )  # fmt: skip
 @click.option(
-    "--precision", type=click.Choice([*PRECISION.choices, "int8"]), default="fp32", show_default=True,
-    help="Of the graphs; with --backend tensorrt of the engines, and the graphs stay fp32. int8 is for CPUs.",
+    "--precision", type=PRECISION, default="fp32", show_default=True,
+    help="Of the graphs; with --backend tensorrt of the engines, and the graphs stay fp32. int8 graphs are for CPUs.",
 )  # fmt: skip
 @click.option(
     "--precise-router", is_flag=True,
@@ -171,10 +171,10 @@ def export(
 
     start = time.perf_counter()
     with_engines = backend == "tensorrt"
-    if with_engines and precision == "int8":
-        raise ExportError("precision: int8 is for CPUs; TensorRT engines are fp32, fp16 or bf16.")
-    if precise_router and precision != "int8":
-        raise ExportError(f"precise_router: goes with --precision int8, got {precision}.")
+    if precise_router and (with_engines or precision != "int8"):
+        raise ExportError(
+            f"precise_router: goes with --precision int8 and --backend onnx, got {precision} and {backend}."
+        )
     if not with_engines:
         refuse_engine_options(engine)
     loaded = read_artifact(artifact)

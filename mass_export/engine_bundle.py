@@ -6,9 +6,11 @@ import dataclasses
 import os
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from mass_export.engine_int8 import Peaks, calibration_images, find_peaks, write_quantised
 from mass_export.precision import write_converted
 from mass_export.progress import Progress
 from runtime.bundle import (
@@ -70,6 +72,7 @@ def build_engines(
     check_files(bundle, {name: spec for name, spec in manifest.files.items() if name not in engine_files})
     tensorrt = find_tensorrt(settings.flavour)
     precision = _precision(settings, manifest)
+    int8 = _Int8(bundle, manifest, settings, progress) if precision == "int8" else None
     with tempfile.TemporaryDirectory(
         prefix=f".{bundle.name}.engines.", dir=bundle.absolute().parent
     ) as scratch:
@@ -77,13 +80,17 @@ def build_engines(
         built = []
         for name in progress.track((FIRST_PASS, SECOND_PASS), "Engines"):
             key = engine_key(manifest, name, tensorrt, precision, settings)
+            if int8 is not None:
+                key = dataclasses.replace(key, options=tuple(sorted((*key.options, int8.images.describe()))))
             known = _known(bundle, manifest, name, key)
             if isinstance(known, BuiltEngine):
                 built.append(known)
                 continue
             start = time.perf_counter()
             onnx_file = bundle / manifest.passes[name].file
-            if precision != manifest.precision:
+            if int8 is not None:
+                onnx_file = int8.write(name, staged / name)
+            elif precision != manifest.precision:
                 onnx_file = write_converted(onnx_file, staged / name, precision)
             with progress.bar(f"Building {name}") as show:
                 plan = build_engine(
@@ -102,6 +109,31 @@ def build_engines(
     return built
 
 
+class _Int8:
+    """The graphs of int8 engines; calibrates when the first of them is wanted."""
+
+    def __init__(
+        self, bundle: Path, manifest: Manifest, settings: EngineSettings, progress: Progress
+    ) -> None:
+        self.images = calibration_images(manifest, settings.calibration_images)
+        self._bundle, self._manifest, self._progress = bundle, manifest, progress
+        self._random = settings.calibration_images is None
+        self._peaks: Peaks | None = None
+
+    def write(self, pass_name: str, directory: Path) -> Path:
+        """Write a pass; returns its ONNX file."""
+        if self._peaks is None:
+            if self._random:
+                warnings.warn(
+                    "int8: scales are set on random images, and larger values of real ones would be clipped; set "
+                    "them on yours with --calibration-images FOLDER.",
+                    stacklevel=3,
+                )
+            self._peaks = find_peaks(self._bundle, self.images.pixel_values, self._progress)
+        onnx_file = self._bundle / self._manifest.passes[pass_name].file
+        return write_quantised(onnx_file, directory, self._peaks[pass_name])
+
+
 def _precision(settings: EngineSettings, manifest: Manifest) -> Precision:
     precision = settings.precision or manifest.precision
     if manifest.precision == "int8":
@@ -109,6 +141,12 @@ def _precision(settings: EngineSettings, manifest: Manifest) -> Precision:
     if manifest.precision not in ("fp32", precision):
         raise EngineError(
             f"precision: the graphs of this bundle are {manifest.precision}; export it as fp32 to build {precision}."
+        )
+    if settings.calibration_images is not None and precision != "int8":
+        raise EngineError(f"calibration_images: goes with precision int8, got {precision}.")
+    if settings.weight_stripped and precision == "int8":
+        raise EngineError(
+            "weight_stripped: the weights of int8 engines stand in no ONNX file of the bundle; leave the option out."
         )
     if settings.weight_stripped and precision != manifest.precision:
         raise EngineError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-PRECISION = click.Choice(["fp32", "fp16", "bf16"])
+PRECISION = click.Choice(["fp32", "fp16", "bf16", "int8"])
 RANGE = (click.IntRange(1), click.IntRange(1), click.IntRange(1))
 
 OPTIONS = (
@@ -44,6 +45,12 @@ OPTIONS = (
         "--weight-stripped",
         is_flag=True,
         help="Leave the weights to the ONNX files; TensorRT-RTX needs a GPU for this.",
+    ),
+    click.option(
+        "--calibration-images",
+        type=click.Path(path_type=Path),
+        help="int8: folder, image or .npz file, of which up to 256 images set the scales; without it, random "
+        "images do.",
     ),
     click.option("--tf32", is_flag=True, help="fp32: let products round their inputs to TF32."),
 )

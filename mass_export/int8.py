@@ -64,6 +64,8 @@ class _Dense:
 class Int8Conversion:
     """One graph under conversion: its products with dense weights, and its stored bases."""
 
+    smallest_scale = 0.0
+
     def __init__(self, graph: ir.Graph, kept: tuple[str, ...] = ()) -> None:
         """Prepare; products whose weights' names contain one of `kept` stay fp32."""
         self._graph = graph
@@ -81,8 +83,10 @@ class Int8Conversion:
 
     def _convert_product(self, node: ir.Node) -> None:
         x, weight = node.inputs[0], node.inputs[1]
-        if x is None or weight is None or not self._is_dense(weight):
-            return
+        if x is not None and weight is not None and self._is_dense(weight):
+            self._convert_dense(node, x, weight)
+
+    def _convert_dense(self, node: ir.Node, x: ir.Value, weight: ir.Value) -> None:
         dense = self._rounded_weight(weight)
         steps, scale = self._rounded_activation(x, node)
         product = self._add(node, "MatMulInteger", steps, dense.steps, self._zero_point())
@@ -117,6 +121,7 @@ class Int8Conversion:
                 start, stop = (int(_constant(cut.inputs[i]).item()) for i in (1, 2))
                 name, rows = f"{name}.{start}.{stop}", rows[start:stop]
             steps, scale = int8_rows(rows)
+            scale = np.maximum(scale, np.float32(self.smallest_scale))
             self._dense[weight] = _Dense(
                 self._initializer(f"{name}.int8", steps.T), self._initializer(f"{name}.scale", scale)
             )

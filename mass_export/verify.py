@@ -13,7 +13,7 @@ from mass_export.artifact import Artifact
 from mass_export.errors import VerificationError
 from mass_export.model import MassModel
 from mass_export.progress import Progress
-from runtime.bundle import MANIFEST_FILE
+from runtime.bundle import MANIFEST_FILE, PreprocessSpec
 from runtime.classifier import Classifier, ForwardResult
 from runtime.engine_spec import Precision
 
@@ -116,12 +116,14 @@ def verify_bundle(
 
 def sample_images(artifact: Artifact, count: int = RANDOM_IMAGES) -> NDArray[np.float32]:
     """Random images of every smoothness, normalised as the model's. [count, 3, H, W]"""
+    return random_pixel_values(artifact.info.preprocess, count)
+
+
+def random_pixel_values(spec: PreprocessSpec, count: int) -> NDArray[np.float32]:
+    """The same for preprocessing alone. [count, 3, H, W]"""
     rng = np.random.default_rng(0)
-    H, W = artifact.info.vision.image_size
-    mean, std = (
-        np.array(v, dtype=np.float32)[:, None, None]
-        for v in (artifact.info.preprocess.mean, artifact.info.preprocess.std)
-    )
+    H, W = spec.image_size
+    mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (spec.mean, spec.std))
     images = np.empty((count, 3, H, W), dtype=np.float32)
     for i in range(count):
         cells = 2 ** (1 + i % 5)  # from broad patches to fine noise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +35,7 @@ class EngineSettings:
         weight_stripped: leaves out the weights; the runtime fills them in from the ONNX files.
         tf32: lets fp32 products round their inputs to TF32.
         optimization_level: 0 to 5, how much build time is spent; None is TensorRT's own.
+        calibration_images: int8 alone: folder or file of the images that scales are found on; None is random ones.
     """
 
     flavour: Flavour | None = None
@@ -47,6 +49,7 @@ class EngineSettings:
     weight_stripped: bool = False
     tf32: bool = False
     optimization_level: int | None = None
+    calibration_images: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "slots"):

@@ -23,7 +23,8 @@ class EngineKey:
         compute_capability: GPUs that it runs on, such as `8.6`; none means any that the flavour supports.
         precision: of the matrix products; LayerNorm, softmax and the residual stream are fp32 always.
         profiles: for each optimisation profile, (min, opt, max) of the dimensions B, S and K.
-        options: builder options that differ from the default, sorted.
+        options: builder options that differ from the default, sorted; of int8 engines also
+            `calibration=SOURCE:COUNT:HASH`, the images that scales were found on.
     """
 
     graph_sha256: str
