@@ -46,7 +46,7 @@ class _OneLineErrors(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = show_warning
             try:
                 return super().invoke(ctx)
             except Exception as error:
@@ -471,7 +471,7 @@ def _summarise(path: Path, what: str, start: float) -> None:
     click.echo(f"{written}: {what}, {size:.1f} MB, in {elapsed_s:.1f} s")
 
 
-def _show_warning(
+def show_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,

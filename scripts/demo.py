@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 
 import click
 
+from mass_export.cli import show_warning
 from mass_export.machine import describe_machine
 from mass_export.progress import Progress
 from mass_export.report import render_report
@@ -27,6 +29,7 @@ ZOO = Path("examples/zoo")
 )
 def main(zoo: Path, out: Path, suites: tuple[str, ...]) -> None:
     """Merge, export, verify and classify; write report.json and report.html; print the table."""
+    warnings.showwarning = show_warning
     start = time.perf_counter()
     report = {"command": "./scripts/demo", "suites": list(suites), "machine": describe_machine()}
     for suite in suites:
