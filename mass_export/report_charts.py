@@ -57,7 +57,7 @@ def heat_map(names: Sequence[str], counts: Sequence[Sequence[int]], rows: str, c
 
 def bar_chart(bars: Sequence[Bar], limit: float | None = None) -> str:
     """Horizontal bars from zero to `limit`, or to the largest value."""
-    label_width, width, height = 186, 500, 28
+    label_width, width, height = 244, 560, 28
     limit = max(bar.value for bar in bars) if limit is None else limit
     room = width - label_width - 62
     parts = [f'<svg viewBox="0 0 {width} {height * len(bars)}" role="img" aria-label="bars">']
