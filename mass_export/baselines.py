@@ -100,13 +100,7 @@ def head_accuracy(
 
 
 def evaluate_baselines(
-    recipe: Recipe,
-    data: Path,
-    *,
-    split: str = DEFAULT_SPLIT,
-    choose_on: str = "val",
-    cache: dict[tuple[Path, str], float] | None = None,
-    progress: Progress,
+    recipe: Recipe, data: Path, *, split: str = DEFAULT_SPLIT, choose_on: str = "val", progress: Progress
 ) -> tuple[Baseline, ...]:
     """Accuracy of every baseline on labelled images.
 
@@ -115,7 +109,6 @@ def evaluate_baselines(
         data: directory of labelled images, see `mass_export.datasets`.
         split: to report on.
         choose_on: split on which task arithmetic's coefficient is chosen; without such images it is 0.3.
-        cache: accuracies by checkpoint and task, for recipes that share models, data and split.
         progress: where to show it.
 
     Returns:
@@ -126,7 +119,6 @@ def evaluate_baselines(
     """
     infos = [TaskInfo(task.name, task.classes) for task in recipe.tasks]
     heads = [load_head(t.head, t.name, t.classes, recipe.vision.embed_dim) for t in recipe.tasks]
-    cache = {} if cache is None else cache
     base = load_checkpoint(recipe.base, recipe.vision, allow_pickle=recipe.allow_pickle)
     delta_sum = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in base.items()}
     own: dict[str, float] = {}

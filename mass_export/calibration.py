@@ -29,6 +29,7 @@ from mass_export.progress import Progress
 from mass_export.router_spec import CalibrationInfo, Tap, default_routing_layer
 from mass_export.routing import projection_residuals, routing_feature
 from mass_export.vit import tap_tokens
+from runtime.verification import two_best
 
 BATCH = 64
 SYNTHETIC_IMAGES = 256
@@ -93,10 +94,10 @@ def synthetic_images(artifact: Artifact, count: int = SYNTHETIC_IMAGES, seed: in
 def tap_features(
     artifact: Artifact, pixel_values: NDArray[np.float32], taps: Sequence[Tap], progress: Progress
 ) -> dict[Tap, Tensor]:
-    """Routing features of the first pass: [n, 3, H, W] -> [n, D] float64 by tap."""
+    """Routing features of the first pass: [n, 3, H, W] -> [n, D] float64 by tap; no taps, no pass."""
     params, info = artifact.merged or artifact.base, artifact.info
     parts: dict[Tap, list[Tensor]] = {tap: [] for tap in taps}
-    starts = list(range(0, len(pixel_values), BATCH))
+    starts = list(range(0, len(pixel_values), BATCH)) if taps else []
     for start in progress.track(starts, "Features of the calibration images"):
         batch = torch.from_numpy(pixel_values[start : start + BATCH])
         for tap, tokens in tap_tokens(params, batch, info.vision, taps).items():
@@ -125,30 +126,32 @@ def calibrate_pool(
     """
     if len(pixel_values) < 2:
         raise DataError(f"calibration needs at least 2 images, got {len(pixel_values)}.")
-    artifact = dataclasses.replace(
-        artifact, info=dataclasses.replace(artifact.info, calibration=None), calibration=None
-    )
-    offset, scale = _residual_statistics(artifact, pixel_values, progress)
-    if artifact.info.router.evidence:  # which would be weighed against one task's prejudice only
-        offset, scale = torch.zeros_like(offset), torch.ones_like(scale)
+    learn = pseudo_labels and not synthetic
+    taps = (Tap(default_routing_layer(artifact.info.vision.layers), "mlp"),) if learn else ()
+    scaled = () if artifact.info.router.evidence else artifact.info.taps()  # evidence has a scale of its own
+    features = tap_features(artifact, pixel_values, sorted({*taps, *scaled}), progress)
+    if scaled:
+        offset, scale = _residual_statistics(artifact, features)
+    else:
+        shape = (len(artifact.info.taps()), len(artifact.tasks))
+        offset, scale = torch.zeros(shape), torch.ones(shape)
     info = CalibrationInfo(
         level="synthetic" if synthetic else "pool",
         images={"pool": len(pixel_values)},
         sources={"pool": source} if source else None,
     )
     calibrated = _calibrated(artifact, info, Calibration(offset, scale))
-    if synthetic or not pseudo_labels:
+    if not learn:
         return calibrated
     labels = _own_answers(calibrated, pixel_values, progress)
     rows = np.flatnonzero(np.bincount(labels, minlength=len(artifact.tasks))[labels] >= 2)
     given = np.unique(labels[rows])
     if len(given) < 2:
         return calibrated
-    depth = artifact.info.vision.layers
-    taps = (Tap(default_routing_layer(depth), "mlp"),)
-    features = _joined(tap_features(artifact, pixel_values[rows], taps, progress), taps)
     weight, bias = _with_absent_tasks(
-        *fit_discriminant(features, np.searchsorted(given, labels[rows])), given, len(artifact.tasks)
+        *fit_discriminant(_joined(features, taps)[rows], np.searchsorted(given, labels[rows])),
+        given,
+        len(artifact.tasks),
     )
     info = dataclasses.replace(info, discriminant=taps, discriminant_weight=PSEUDO_WEIGHT)
     return _calibrated(artifact, info, Calibration(offset, scale, weight, bias))
@@ -190,7 +193,7 @@ def calibrate_task_images(
     pixel_values = np.concatenate([images[name] for name in given])
     depth = artifact.info.vision.layers if tap is None else tap.layer + 1
     taps = tuple(Tap(i, "mlp") for i in range(depth))
-    features = tap_features(artifact, pixel_values, taps, progress)
+    features = tap_features(artifact, pixel_values, sorted({*taps, *artifact.info.taps()}), progress)
     posteriors = {
         last: cross_validated_posterior(_joined(features, taps[: last.layer + 1]), labels)
         for last in (taps if tap is None else taps[-1:])
@@ -202,7 +205,7 @@ def calibrate_task_images(
     rows = np.array([names.index(name) for name in given])
     weight, bias = _with_absent_tasks(*fit_discriminant(_joined(features, read), labels), rows, len(names))
     incomplete = len(given) < len(names)
-    offset, scale = _residual_statistics(artifact, pixel_values, progress)
+    offset, scale = _residual_statistics(artifact, features)
     info = CalibrationInfo(
         level="task_images",
         images={name: len(images[name]) for name in given},
@@ -215,7 +218,8 @@ def calibrate_task_images(
     if not incomplete:  # the discriminant knows better, and needs no whole tower
         router = dataclasses.replace(router, evidence=0.0)
     if verify and router.mode == "top1" and not incomplete:
-        margin = float(np.quantile(_margins(posteriors[chosen]), UNSURE_SHARE))
+        _, margins = two_best(-posteriors[chosen])
+        margin = float(np.quantile(margins, UNSURE_SHARE))
         router = dataclasses.replace(router, verify_margin=margin, verify_prior=VERIFY_PRIOR)
     artifact = dataclasses.replace(artifact, info=dataclasses.replace(artifact.info, router=router))
     return _calibrated(artifact, info, Calibration(offset, scale, weight, bias)), trials
@@ -329,26 +333,15 @@ def _accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
     return float(np.mean([right[labels == k].mean() for k in range(scores.shape[1])]))
 
 
-def _margins(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """By how much the best score leads. [n]"""
-    best = np.sort(scores, axis=1)
-    margins: NDArray[np.float64] = best[:, -1] - best[:, -2]
-    return margins
-
-
-def _residual_statistics(
-    artifact: Artifact, pixel_values: NDArray[np.float32], progress: Progress
-) -> tuple[Tensor, Tensor]:
+def _residual_statistics(artifact: Artifact, features: Mapping[Tap, Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each task's residual at each tap: [L, T] each."""
-    taps = artifact.info.taps()
-    features = tap_features(artifact, pixel_values, taps, progress)
     rows = [
         projection_residuals(
             features[tap],
             [bases[tap.parameter].double() for bases in artifact.router_bases],
             artifact.info.router.norm,
         )
-        for tap in taps
+        for tap in artifact.info.taps()
     ]
     residuals = torch.stack(rows)  # [L, n, T]
     scale = residuals.std(dim=1).clamp_min(1e-6)

@@ -187,3 +187,14 @@ def test_unsure_routes_of_a_calibrated_router_are_verified(artifact: Artifact, t
     unverified, _ = calibrate_task_images(top1, task_images(), verify=False, progress=QUIET)
     assert unverified.info.router.verify_margin == 0
     assert_exported_equals_eager(calibrated, tmp_path)
+
+
+def test_where_heads_speak_synthetic_images_change_nothing(artifact: Artifact) -> None:
+    router = dataclasses.replace(artifact.info.router, evidence=1.0)
+    speaking = dataclasses.replace(artifact, info=dataclasses.replace(artifact.info, router=router))
+    images = synthetic_images(artifact, 8)
+    calibrated = calibrate_pool(speaking, images, synthetic=True, progress=QUIET)
+    before, after = (
+        MassModel(a, torch.float64).residuals(torch.from_numpy(images)) for a in (speaking, calibrated)
+    )
+    torch.testing.assert_close(before, after)
