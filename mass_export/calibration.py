@@ -24,10 +24,12 @@ from torch import Tensor
 
 from mass_export.artifact import Artifact, Calibration
 from mass_export.errors import DataError
+from mass_export.layer_choice import macro_average
 from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.router_spec import CalibrationInfo, Tap, default_routing_layer
 from mass_export.routing import projection_residuals, routing_feature
+from mass_export.verify import enlarged
 from mass_export.vit import tap_tokens
 from runtime.verification import two_best
 
@@ -65,8 +67,7 @@ def synthetic_images(artifact: Artifact, count: int = SYNTHETIC_IMAGES, seed: in
             picture = np.fft.ifft2(spectrum).real
         elif kind == 1:  # flat patches
             cells = int(rng.integers(2, 9))
-            coarse = rng.random((3, cells, cells))
-            picture = coarse[:, np.arange(H) * cells // H][:, :, np.arange(W) * cells // W]
+            picture = enlarged(rng.random((3, cells, cells)), H, W)
         elif kind == 2:  # a light shape on a dark ground, or the other way round
             rows, columns = np.mgrid[0:H, 0:W]
             angle, width = rng.uniform(0, np.pi, 3), rng.uniform(1, 4, 3)
@@ -329,8 +330,7 @@ def cross_validate(features: NDArray[np.float64], labels: NDArray[np.int64]) -> 
 
 
 def _accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    right = scores.argmax(axis=1) == labels
-    return float(np.mean([right[labels == k].mean() for k in range(scores.shape[1])]))
+    return macro_average(scores.argmax(axis=1) == labels, labels)
 
 
 def _residual_statistics(artifact: Artifact, features: Mapping[Tap, Tensor]) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mass_export.engine_bundle import build_engines
 from mass_export.progress import Progress
 from mass_export.tables import Table, percent
-from mass_export.verify import Parity, combine, compare
+from mass_export.verify import Parity, combine, compare, enlarged
 from runtime.bundle import read_manifest
 from runtime.classifier import Classifier, ForwardResult
 from runtime.engine_settings import EngineSettings
@@ -169,9 +169,7 @@ def random_images(bundle: Path, count: int, seed: int) -> NDArray[np.float32]:
     images = np.empty((count, 3, H, W), np.float32)
     for index in range(count):
         cells = 2 ** (1 + index % 5)
-        coarse = rng.normal(size=(3, cells, cells)).astype(np.float32)
-        rows, columns = np.arange(H) * cells // H, np.arange(W) * cells // W
-        images[index] = coarse[:, rows][:, :, columns]
+        images[index] = enlarged(rng.normal(size=(3, cells, cells)).astype(np.float32), H, W)
     return images
 
 

@@ -107,7 +107,7 @@ def score_layers(
         routed = residuals[layer].argmin(axis=1) == truth
         kept = selection.selected[np.arange(len(truth)), truth]
         right = (task_index == truth) & (class_index == labels)
-        routed_share, kept_share, right_share = (_macro(hits, truth) for hits in (routed, kept, right))
+        routed_share, kept_share, right_share = (macro_average(hits, truth) for hits in (routed, kept, right))
         scores.append(LayerScore(layer, mode, routed_share, kept_share, right_share))
     return tuple(scores)
 
@@ -203,7 +203,13 @@ def _task_specs(tasks: Sequence[TaskInfo]) -> list[TaskSpec]:
     ]
 
 
-def _macro(hits: NDArray[np.bool_], truth: NDArray[np.int64]) -> float:
+def macro_average(hits: NDArray[np.bool_], truth: NDArray[np.int64]) -> float:
+    """Share of hits within each task, averaged over the tasks that occur.
+
+    Args:
+        hits: [n]
+        truth: task of each. [n]
+    """
     return float(np.mean([hits[truth == task].mean() for task in np.unique(truth)]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,10 +128,16 @@ def random_pixel_values(spec: PreprocessSpec, count: int) -> NDArray[np.float32]
     images = np.empty((count, 3, H, W), dtype=np.float32)
     for i in range(count):
         cells = 2 ** (1 + i % 5)  # from broad patches to fine noise
-        coarse = rng.random((3, cells, cells), dtype=np.float32)
-        rows, columns = np.arange(H) * cells // H, np.arange(W) * cells // W
-        images[i] = (coarse[:, rows][:, :, columns] - mean) / std
+        images[i] = (enlarged(rng.random((3, cells, cells), dtype=np.float32), H, W) - mean) / std
     return images
+
+
+def enlarged(cells: NDArray[Any], H: int, W: int) -> NDArray[Any]:
+    """Every cell as a patch of equal pixels: [3, n, m] -> [3, H, W], any dtype."""
+    rows, columns = (
+        np.arange(size) * count // size for size, count in zip((H, W), cells.shape[1:], strict=True)
+    )
+    return cells[:, rows][:, :, columns]
 
 
 def compare(expected: ForwardResult, actual: ForwardResult) -> Parity:

@@ -28,6 +28,7 @@ from mass_export.calibration import calibrate_pool, calibrate_task_images, synth
 from mass_export.datasets import load_labelled_images
 from mass_export.head_evidence import judge_heads
 from mass_export.heads import Head
+from mass_export.layer_choice import macro_average
 from mass_export.merge import merge
 from mass_export.model import MassModel
 from mass_export.progress import Progress
@@ -132,8 +133,8 @@ class Suite:
         right = routed & (label == split.label[rows])
         own = np.mean([self.finetuned[name][self.recipe.tasks[t].name] for t in tasks])
         return {
-            f"{name}_joint": macro(right, truth) / float(own),
-            f"{name}_routed": macro(routed, truth),
+            f"{name}_joint": macro_average(right, truth) / float(own),
+            f"{name}_routed": macro_average(routed, truth),
             f"{name}_verified": float(verified.mean()),
         }
 
@@ -153,11 +154,6 @@ def batches(pixel_values: NDArray[np.float32], size: int = 256) -> Iterator[torc
     """Batches as tensors."""
     for start in range(0, len(pixel_values), size):
         yield torch.from_numpy(pixel_values[start : start + size])
-
-
-def macro(hits: NDArray[np.bool_], truth: NDArray[np.int64]) -> float:
-    """Mean over tasks."""
-    return float(np.mean([hits[truth == t].mean() for t in np.unique(truth)]))
 
 
 def routed_by(artifact: Artifact, **settings: Any) -> Artifact:
