@@ -26,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "examples" / "zoo"))
 
 from build.arrays import TaskArrays  # noqa: E402 - the zoo is not an installed package
+from build.contrast import ContrastSettings, adapt  # noqa: E402
 from build.corpus import build_corpus  # noqa: E402
 from build.downloads import Sources  # noqa: E402
 from build.finetune import SETTINGS, finetune  # noqa: E402
@@ -33,7 +34,7 @@ from build.package import package_zoo  # noqa: E402
 from build.pretrain import PretrainSettings, pretrain  # noqa: E402
 from build.tasks import TASKS, build_task  # noqa: E402
 
-STAGES = ("download", "corpus", "pretrain", "finetune", "package")
+STAGES = ("download", "corpus", "pretrain", "adapt", "finetune", "package")
 
 
 @click.command(help=__doc__)
@@ -54,7 +55,9 @@ STAGES = ("download", "corpus", "pretrain", "finetune", "package")
 @click.option(
     "--tag", default="committed", show_default=True, help="Folder of the fine-tuned towers in the cache."
 )
-@click.option("--steps", type=int, help="Other number of pretraining or fine-tuning steps than the zoo's.")
+@click.option(
+    "--steps", type=int, help="Other number of steps than the zoo's, for the training stages that are run."
+)
 @click.option("--processes", default=2, show_default=True, help="Processes of one thread each.")
 def main(
     stages: tuple[str, ...],
@@ -69,7 +72,7 @@ def main(
     """Runs the stages in their order."""
     stages = stages or STAGES
     tasks = tasks or TASKS
-    base, trained = cache / "base.safetensors", cache / "finetuned" / tag
+    words, base, trained = cache / "words.safetensors", cache / "base.safetensors", cache / "finetuned" / tag
     if "download" in stages:
         for task in tasks:
             arrays_of(task, cache)
@@ -78,7 +81,11 @@ def main(
     if "pretrain" in stages:
         settings = PretrainSettings(seed=seed, processes=processes)
         settings = settings if steps is None else replace(settings, steps=steps)
-        pretrain(cache / "corpus", cache / "pretrain", base, settings)
+        pretrain(cache / "corpus", cache / "pretrain", words, settings)
+    if "adapt" in stages:
+        contrast = ContrastSettings(seed=seed)
+        contrast = contrast if steps is None else replace(contrast, steps=steps)
+        adapt({task: arrays_of(task, cache) for task in TASKS}, words, cache / "adapt", base, contrast)
     if "finetune" in stages:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             jobs = [pool.submit(finetune_task, task, cache, base, trained, seed, steps) for task in tasks]

@@ -49,10 +49,10 @@ class FinetuneSettings:
         augmentation: what keeps the labels
     """
 
-    steps: int = 800
+    steps: int = 300
     batch: int = 64
     peak_lr: float = 3e-4
-    warmup: int = 100
+    warmup: int = 50
     weight_decay: float = 0.0
     ema: float = 0.99
     smoothing: float = 0.0
@@ -63,7 +63,7 @@ SETTINGS = {
     "mnist": FinetuneSettings(augmentation=Augmentation(rotate=10, shear=0.12, erase=0, brightness=0.1)),
     "fashion": FinetuneSettings(augmentation=Augmentation(rotate=4, mirror=True, zoom=(0.9, 1.15))),
     "animals": FinetuneSettings(augmentation=Augmentation(rotate=10, mirror=True, zoom=(0.85, 1.25))),
-    "letters": FinetuneSettings(steps=1000, augmentation=Augmentation(rotate=8, shear=0.12, erase=0)),
+    "letters": FinetuneSettings(augmentation=Augmentation(rotate=8, shear=0.12, erase=0)),
     "icons": FinetuneSettings(augmentation=Augmentation(rotate=6, erase=0.1)),
     "flags": FinetuneSettings(
         augmentation=Augmentation(

@@ -181,7 +181,7 @@ def _train(
     model.train()
     for step in range(start, settings.steps):
         whole = step >= settings.whole_from * settings.steps
-        _set_patch_dropout(model, 0.0 if whole else settings.patch_dropout)
+        set_patch_dropout(model.tower, 0.0 if whole else settings.patch_dropout)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.warmup, settings.peak_lr)
         words, shapes = model(*sampler.batch(settings, rank, step))
@@ -227,11 +227,12 @@ def _optimizer(model: WordModel, settings: PretrainSettings) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=settings.peak_lr, betas=(0.9, 0.98), fused=True)
 
 
-def _set_patch_dropout(model: WordModel, share: float) -> None:
+def set_patch_dropout(tower: nn.Module, share: float) -> None:
+    """Drops a share of the patches from now on, another choice for every image."""
     from open_clip.transformer import PatchDropout  # noqa: PLC0415 - one place, beside its use
 
     # PatchDropout(0) would still keep every patch; Identity is what the configuration builds.
-    model.tower.patch_dropout = PatchDropout(share) if share else nn.Identity()
+    tower.patch_dropout = PatchDropout(share) if share else nn.Identity()
 
 
 @torch.no_grad()
