@@ -49,7 +49,7 @@ class FinetuneSettings:
         augmentation: what keeps the labels
     """
 
-    steps: int = 300
+    steps: int = 450
     batch: int = 64
     peak_lr: float = 3e-4
     warmup: int = 50
