@@ -91,6 +91,14 @@ class Artifact:
     calibration: Calibration | None = None
     storage: Storage = field(default=Storage())
 
+    def without_calibration(self) -> Artifact:
+        """The artifact before it was calibrated, with the router's settings of then."""
+        if self.info.calibration is None:
+            return self
+        router = self.info.calibration.router or self.info.router
+        info = dataclasses.replace(self.info, router=router, calibration=None)
+        return dataclasses.replace(self, info=info, calibration=None)
+
 
 def check_destination(path: Path, inputs: Iterable[Path]) -> None:
     """Refuse, before any work is done, a place where an artifact cannot or should not be written.

@@ -171,13 +171,13 @@ def _replaced(
             ChangedArtifactWarning,
             stacklevel=4,
         )
+    artifact = artifact.without_calibration()
     info = dataclasses.replace(
         artifact.info,
         tasks=tuple(tasks),
         rank_ratios=tuple(rank_ratios),
         ranks=tuple(ranks),
         provenance=provenance,
-        calibration=None,
     )
     return dataclasses.replace(
         artifact,
@@ -185,7 +185,6 @@ def _replaced(
         tasks=tuple(factors),
         router_bases=tuple(router_bases),
         heads=tuple(heads),
-        calibration=None,
     )
 
 

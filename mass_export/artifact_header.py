@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from typing import Any
 
 from mass_export.checks import checked_mapping, is_int, is_real, require
@@ -77,7 +78,10 @@ def _info_from_json(data: object) -> ArtifactInfo:
 
 
 def _calibration(data: object) -> CalibrationInfo | None:
-    return None if data is None else CalibrationInfo(**_fields(data, CalibrationInfo, "calibration"))
+    if data is None:
+        return None
+    # Artifacts of earlier versions do not say which settings their calibration started from.
+    return CalibrationInfo(**_fields(data, CalibrationInfo, "calibration", optional=("router",)))
 
 
 def _vision(data: object) -> VisionSpec:
@@ -93,10 +97,10 @@ def _preprocess(data: object) -> PreprocessSpec:
     return preprocess_spec_from_config(fields, (size[0], size[1]), "preprocess")
 
 
-def _fields(data: object, kind: type, key: str) -> dict[str, Any]:
+def _fields(data: object, kind: type, key: str, optional: Collection[str] = ()) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(kind)]
     mapping = checked_mapping(data, names, key)
-    missing = [name for name in names if name not in mapping]
+    missing = [name for name in names if name not in mapping and name not in optional]
     require(not missing, f"{key}: missing key(s) {', '.join(missing)}.")
     return mapping
 

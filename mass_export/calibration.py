@@ -127,6 +127,7 @@ def calibrate_pool(
     """
     if len(pixel_values) < 2:
         raise DataError(f"calibration needs at least 2 images, got {len(pixel_values)}.")
+    artifact = artifact.without_calibration()
     learn = pseudo_labels and not synthetic
     taps = (Tap(default_routing_layer(artifact.info.vision.layers), "mlp"),) if learn else ()
     scaled = () if artifact.info.router.evidence else artifact.info.taps()  # evidence has a scale of its own
@@ -140,6 +141,7 @@ def calibrate_pool(
         level="synthetic" if synthetic else "pool",
         images={"pool": len(pixel_values)},
         sources={"pool": source} if source else None,
+        router=artifact.info.router,
     )
     calibrated = _calibrated(artifact, info, Calibration(offset, scale))
     if not learn:
@@ -189,6 +191,7 @@ def calibrate_task_images(
     """
     names = [task.name for task in artifact.info.tasks]
     _require_task_images(names, images)
+    artifact = artifact.without_calibration()
     given = [name for name in names if name in images]
     labels = np.repeat(np.arange(len(given)), [len(images[name]) for name in given])
     pixel_values = np.concatenate([images[name] for name in given])
@@ -214,6 +217,7 @@ def calibrate_task_images(
         residual_weight=max(residual_weight, 1.0) if incomplete else residual_weight,
         discriminant_weight=1.0,
         sources=dict(sources) if sources else None,
+        router=artifact.info.router,
     )
     router = artifact.info.router
     if not incomplete:  # the discriminant knows better, and needs no whole tower

@@ -171,6 +171,7 @@ class CalibrationInfo(FromMapping):
         residual_weight: weight of the standardised residuals in the score, >= 0.
         discriminant_weight: weight of the discriminant's log posterior, >= 0.
         sources: names of folders and files, for the record.
+        router: the settings that the calibration started from; it may have replaced some.
     """
 
     level: CalibrationLevel
@@ -179,8 +180,13 @@ class CalibrationInfo(FromMapping):
     residual_weight: float = 1.0
     discriminant_weight: float = 0.0
     sources: dict[str, Any] | None = None
+    router: RouterSettings | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.router, dict):
+            object.__setattr__(
+                self, "router", RouterSettings.from_mapping(self.router, "calibration", "router")
+            )
         require_choice("calibration.level", self.level, CalibrationLevel)
         taps = tuple(Tap(**tap) if isinstance(tap, dict) else tap for tap in self.discriminant)
         object.__setattr__(self, "discriminant", taps)

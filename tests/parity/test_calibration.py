@@ -198,3 +198,22 @@ def test_where_heads_speak_synthetic_images_change_nothing(artifact: Artifact) -
         MassModel(a, torch.float64).residuals(torch.from_numpy(images)) for a in (speaking, calibrated)
     )
     torch.testing.assert_close(before, after)
+
+
+def test_calibrating_again_starts_from_the_settings_of_the_merge(
+    pico_files: Callable[..., Path], tmp_path: Path
+) -> None:
+    router = {"layers": [0, 1, 2], "standardize": "tasks", "mode": "top1", "evidence": 2.0}
+    artifact = merge(load_recipe(pico_files(tasks=3, base_merge="zeroshot", router=router)), QUIET)
+    by_task, _ = calibrate_task_images(artifact, task_images(), progress=QUIET)
+    assert by_task.info.router.evidence == 0
+    assert by_task.info.router.verify_margin > 0
+    write_artifact(tmp_path / "by_task.safetensors", by_task)
+    read = read_artifact(tmp_path / "by_task.safetensors")
+    assert read.without_calibration().info == artifact.info
+
+    pool = np.random.default_rng(0).normal(size=(40, 3, 16, 16)).astype(np.float32)
+    again, direct = (calibrate_pool(start, pool, progress=QUIET) for start in (read, artifact))
+    assert again.info == direct.info
+    images = torch.from_numpy(pool)
+    assert torch.equal(MassModel(again).residuals(images), MassModel(direct).residuals(images))
