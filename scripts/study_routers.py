@@ -1,5 +1,6 @@
 """How well each router does on a zoo, and what it may know for it: tables and pictures for docs/routers.md.
 
+    pip install -e ".[study]"
     python scripts/study_routers.py --data examples/zoo --out docs
 
 Each task's own second pass is run once on all images; a router then only says whose answer counts. Tables show test

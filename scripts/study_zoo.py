@@ -1,5 +1,6 @@
 """What each setting of the method does on the zoo: tables and pictures for docs/zoo.md.
 
+    pip install -e ".[study]"
     python scripts/study_zoo.py --data examples/zoo --out docs
 
 Reported on test images; the routing layer is chosen on validation images, once per base merge.
