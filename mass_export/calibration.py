@@ -28,7 +28,7 @@ from mass_export.layer_choice import macro_average
 from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.router_spec import CalibrationInfo, Tap, default_routing_layer
-from mass_export.routing import projection_residuals, routing_feature
+from mass_export.routing import orthonormal_rows, projection_residuals, routing_feature
 from mass_export.verify import enlarged
 from mass_export.vit import tap_tokens
 from runtime.verification import two_best
@@ -342,7 +342,7 @@ def _residual_statistics(artifact: Artifact, features: Mapping[Tap, Tensor]) -> 
     rows = [
         projection_residuals(
             features[tap],
-            [bases[tap.parameter].double() for bases in artifact.router_bases],
+            [orthonormal_rows(bases[tap.parameter]).double() for bases in artifact.router_bases],
             artifact.info.router.norm,
         )
         for tap in artifact.info.taps()

@@ -17,7 +17,7 @@ from mass_export.artifact import Artifact
 from mass_export.graph import Graph
 from mass_export.head_evidence import evidence_scales
 from mass_export.router_spec import Norm, Tap
-from mass_export.routing import COVARIANCE_RIDGE
+from mass_export.routing import COVARIANCE_RIDGE, orthonormal_rows
 from mass_export.second_pass import add_heads
 from mass_export.vit_graph import (
     Layers,
@@ -66,7 +66,7 @@ def _residual_score(graph: Graph, artifact: Artifact, features: dict[Tap, ir.Val
     info, calibration = artifact.info, artifact.calibration
     by_tap = []
     for index, tap in enumerate(info.taps()):
-        bases = stack_bases([task[tap.parameter] for task in artifact.router_bases])
+        bases = stack_bases([orthonormal_rows(task[tap.parameter]) for task in artifact.router_bases])
         r = residuals(graph, features[tap], bases, info.router.norm, f"router.{tap.parameter}")
         if calibration is not None:
             r = graph.op("Sub", r, graph.constant(calibration.offset[index].float().numpy()))

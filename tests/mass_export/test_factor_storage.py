@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,8 +12,13 @@ from mass_export.errors import ArtifactError, RecipeError
 from mass_export.factor_storage import Storage, decode, encode, storage_of
 from mass_export.low_rank import factorize
 from mass_export.merge import merge
+from mass_export.model import MassModel
+from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
+from mass_export.routing import orthonormal_rows
+from mass_export.verify import sample_images
+from runtime.classifier import Classifier
 
 DTYPES = ["float32", "float16", "bfloat16", "int8"]
 ERROR = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 1 / 127}  # of the largest entry
@@ -149,3 +155,34 @@ def test_the_recipe_says_how_conv1_is_stored(pico_files):
     )
     with pytest.raises(RecipeError, match="patch_embed: expected one of full, low_rank"):
         load_recipe(pico_files(patch_embed="half"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_graphs_of_rounded_router_bases_equal_the_eager_model(pico_files, tmp_path, dtype):
+    router = {"layers": [0, 1, 2], "standardize": "tasks", "mode": "top1"}
+    merged = merge(
+        load_recipe(pico_files(tasks=3, base_merge="zeroshot", router=router)), Progress(quiet=True)
+    )
+    rounded = stored(merged, tmp_path / "a", dtype)
+    vh = rounded.router_bases[0]["transformer.resblocks.0.mlp.c_fc.weight"]
+    off = vh.double() @ vh.double().T - torch.eye(len(vh), dtype=torch.float64)
+    assert off.abs().max() > 1e-5  # else this tests nothing
+    export_bundle(rounded, tmp_path / "a", tmp_path / "bundle", verify=False, progress=Progress(quiet=True))
+    images = torch.from_numpy(sample_images(rounded))
+    expected = MassModel(rounded).residuals(images).numpy()
+    with Classifier(tmp_path / "bundle") as classifier:
+        got = classifier.forward(images.numpy()).residuals
+    np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5 * abs(expected).max())
+
+
+def test_rows_are_made_orthonormal_only_where_rounding_shows():
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.linalg.qr(torch.randn(32, 6, generator=generator)).Q.T.contiguous()
+    assert orthonormal_rows(exact) is exact
+    rounded = exact.to(torch.bfloat16).float()
+    rounded[4] = 0
+    mended = orthonormal_rows(rounded)
+    used = [0, 1, 2, 3, 5]
+    torch.testing.assert_close(mended[used] @ mended[used].T, torch.eye(5), rtol=0, atol=1e-6)
+    torch.testing.assert_close(mended[used], exact[used], rtol=0, atol=5e-3)
+    assert not mended[4].any()
