@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -39,7 +39,14 @@ _TEXT_TOWER = re.compile(r"transformer\..+|positional_embedding")
 def load_checkpoint(
     path: Path, vision: VisionSpec, *, allow_pickle: bool = False, base: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Load a vision tower, alone or of a whole CLIP, from a file or a folder in open_clip's or Hugging Face's layout.
+    """Load a vision tower into memory; otherwise as `open_parameters`."""
+    return dict(open_parameters(path, vision, allow_pickle=allow_pickle, base=base))
+
+
+def open_parameters(
+    path: Path, vision: VisionSpec, *, allow_pickle: bool = False, base: Mapping[str, Tensor] | None = None
+) -> Mapping[str, Tensor]:
+    """Open a vision tower, alone or of a whole CLIP, from a file or a folder in open_clip's or Hugging Face's layout.
 
     The prefixes `visual.`, `model.visual.`, `module.visual.`, `image_encoder.model.visual.` and the like are
     stripped, and a text tower is left out. A tower with LayerScale becomes the plain tower that computes the same:
@@ -53,7 +60,8 @@ def load_checkpoint(
             it: it takes the base's.
 
     Returns:
-        the parameters of `vision.parameter_shapes()`, in that order, float32 on the CPU, all finite.
+        the parameters of `vision.parameter_shapes()`, in that order, float32 on the CPU, all finite. Each is converted
+        when it is asked for, and until then lies in the file where the format can be mapped.
 
     Raises:
         CheckpointFormatError: the file cannot be read.
@@ -90,7 +98,9 @@ def load_checkpoint(
         raise CheckpointKeyError(where, missing, unexpected)
     found = {name: tensors[tower[name]] for name in shapes}
     _check_shapes(found, shapes, where)
-    return _without_layer_scale(float32_parameters(found, where))
+    check_values(found, where)
+    parameters = _Float32(found)
+    return parameters if shapes == vision.parameter_shapes() else _without_layer_scale(dict(parameters))
 
 
 def _layer_scale_shapes(vision: VisionSpec) -> dict[str, tuple[int, ...]]:
@@ -115,7 +125,17 @@ def float32_parameters(tensors: Mapping[str, Tensor], where: str) -> dict[str, T
     Raises:
         CheckpointValueError: naming every tensor that is not floating point or not finite.
     """
-    problems, parameters = [], {}
+    check_values(tensors, where)
+    return dict(_Float32(tensors))
+
+
+def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Look at every tensor, one at a time, and keep none.
+
+    Raises:
+        CheckpointValueError: naming every tensor that is not floating point, or not finite as float32.
+    """
+    problems = []
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             kind = (
@@ -123,17 +143,32 @@ def float32_parameters(tensors: Mapping[str, Tensor], where: str) -> dict[str, T
             )
             problems.append(f"{name} is {kind}, not dense floating point")
             continue
-        parameter = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
+        parameter = tensor.float()
         if not parameter.sum(dtype=torch.float64).isfinite():  # far cheaper than to look at each
             bad = int(parameter.numel() - parameter.isfinite().sum())
             problems.append(f"{name} holds {bad} NaN or infinite value(s)")
-        parameters[name] = parameter
     if problems:
         raise CheckpointValueError(
             f"{where}: {len(problems)} unusable tensor(s): {shortened(problems, separator='; ')}. "
             "Finite floating-point values are needed; was it saved before training diverged?"
         )
-    return parameters
+
+
+class _Float32(Mapping[str, Tensor]):
+    """Tensors that are copied to contiguous float32 when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _tower_prefix(names: Iterable[str], where: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mass_export.artifact import TaskFactors
-from mass_export.checkpoints import load_checkpoint
+from mass_export.checkpoints import load_checkpoint, open_parameters
 from mass_export.lora import Product, adapted_tower, load_adapter
 from mass_export.low_rank import LowRank, factorize, factorize_product
 from mass_export.parallel import parallel_map
@@ -51,7 +51,7 @@ def load_task_tower(task: TaskRecipe, recipe: Recipe, base: Mapping[str, Tensor]
 def open_task_vector(task: TaskRecipe, recipe: Recipe, base: Mapping[str, Tensor]) -> TaskVector:
     """Load a task's checkpoint or adapter."""
     if not task.is_adapter:
-        tower = load_task_tower(task, recipe, base)
+        tower = open_parameters(task.checkpoint, recipe.vision, allow_pickle=recipe.allow_pickle, base=base)
         return TaskVector(lambda name: tower[name].double().sub_(base[name]))
     products = load_adapter(task.checkpoint, recipe.vision)
 
