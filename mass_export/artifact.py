@@ -10,6 +10,7 @@ The header's metadata holds `format`, `schema_version` and `info` (an `ArtifactI
     heads.<task>.weight|bias             [C, E], [C]; the bias is optional
     calibration.offset|scale             mean and spread of each task's residual at each tap: [L, T]; optional
     calibration.weight|bias              linear discriminant over M taps: [T, M*D], [T]; optional
+    calibration.whiten|centres           what known images look like: [D, D], [K, D]; optional
 
 Tensors are float32, float16 or bfloat16 in the file, or encoded (`mass_export.factor_storage`), and float32 once
 read. Equal artifacts give equal bytes.
@@ -35,6 +36,7 @@ from mass_export.low_rank import LowRank
 from mass_export.safetensors_writer import write_safetensors
 from mass_export.spec import ArtifactInfo
 
+CALIBRATION_OPTIONAL = ("weight", "bias", "whiten", "centres")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ANY_RANK = -1
 
@@ -56,12 +58,17 @@ class Calibration:
         scale: then divides them, > 0. [L, T]
         weight: linear discriminant on the features at `info.calibration.discriminant`, M taps. [T, M*D] or None
         bias: [T] or None
+        whiten: inverse square root of the features' covariance within groups at `info.calibration.unknown`.
+            [D, D] or None
+        centres: whitened means of the K groups. [K, D] or None
     """
 
     offset: Tensor
     scale: Tensor
     weight: Tensor | None = None
     bias: Tensor | None = None
+    whiten: Tensor | None = None
+    centres: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name."""
@@ -207,7 +214,7 @@ def _artifact_from_tensors(info: ArtifactInfo, tensors: Mapping[str, Tensor]) ->
 def _calibration(info: ArtifactInfo, tensors: Mapping[str, Tensor]) -> Calibration | None:
     if info.calibration is None:
         return None
-    given = {name: tensors.get(f"calibration.{name}") for name in ("weight", "bias")}
+    given = {name: tensors.get(f"calibration.{name}") for name in CALIBRATION_OPTIONAL}
     return Calibration(tensors["calibration.offset"], tensors["calibration.scale"], **given)
 
 
@@ -238,6 +245,9 @@ def _expected_shapes(info: ArtifactInfo) -> dict[str, tuple[int, ...]]:
             read = len(info.calibration.discriminant) * vision.width
             expected["calibration.weight"] = (len(info.tasks), read)
             expected["calibration.bias"] = (len(info.tasks),)
+        if info.calibration.unknown is not None:
+            expected["calibration.whiten"] = (vision.width, vision.width)
+            expected["calibration.centres"] = (_ANY_RANK, vision.width)
     return expected
 
 

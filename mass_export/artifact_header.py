@@ -80,8 +80,10 @@ def _info_from_json(data: object) -> ArtifactInfo:
 def _calibration(data: object) -> CalibrationInfo | None:
     if data is None:
         return None
-    # Artifacts of earlier versions do not say which settings their calibration started from.
-    return CalibrationInfo(**_fields(data, CalibrationInfo, "calibration", optional=("router",)))
+    # Artifacts of earlier versions do not say which settings their calibration started from, nor what is unknown.
+    return CalibrationInfo(
+        **_fields(data, CalibrationInfo, "calibration", optional=("router", "unknown", "unknown_threshold"))
+    )
 
 
 def _vision(data: object) -> VisionSpec:

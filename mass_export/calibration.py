@@ -8,6 +8,9 @@ Three levels, by what one may know:
 - `task_images`: a few images a task, no class labels. A linear discriminant with shrunk covariance names the task. It
   reads all mlp inputs up to a block that is early enough for the first pass to get shorter.
 
+Images also show what known ones look like: at the deepest place that the router reads, the distance to the nearest
+task's mean, in units of the spread within tasks, says how unknown an image is.
+
 Statistics are computed in float64.
 """
 
@@ -28,7 +31,12 @@ from mass_export.layer_choice import macro_average
 from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.router_spec import CalibrationInfo, Tap, default_routing_layer
-from mass_export.routing import orthonormal_rows, projection_residuals, routing_feature
+from mass_export.routing import (
+    orthonormal_rows,
+    projection_residuals,
+    routing_feature,
+    whitened_distance,
+)
 from mass_export.verify import enlarged
 from mass_export.vit import tap_tokens
 from runtime.verification import two_best
@@ -43,6 +51,8 @@ PSEUDO_WEIGHT = 0.1
 # The share of calibration images whose margin counts as unsure, and the prior's weight against the heads' confidence.
 UNSURE_SHARE = 0.3
 VERIFY_PRIOR = 0.1
+# The share of images like those of the calibration that may be called unknown.
+FALSE_ALARMS = 0.05
 
 
 @dataclass(frozen=True)
@@ -129,9 +139,11 @@ def calibrate_pool(
         raise DataError(f"calibration needs at least 2 images, got {len(pixel_values)}.")
     artifact = artifact.without_calibration()
     learn = pseudo_labels and not synthetic
+    known = None if synthetic else _deepest(artifact)
     taps = (Tap(default_routing_layer(artifact.info.vision.layers), "mlp"),) if learn else ()
     scaled = () if artifact.info.router.evidence else artifact.info.taps()  # evidence has a scale of its own
-    features = tap_features(artifact, pixel_values, sorted({*taps, *scaled}), progress)
+    read = {*taps, *scaled} if known is None else {*taps, *scaled, known}
+    features = tap_features(artifact, pixel_values, sorted(read), progress)
     if scaled:
         offset, scale = _residual_statistics(artifact, features)
     else:
@@ -144,9 +156,12 @@ def calibrate_pool(
         router=artifact.info.router,
     )
     calibrated = _calibrated(artifact, info, Calibration(offset, scale))
-    if not learn:
+    if known is None:
         return calibrated
     labels = _own_answers(calibrated, pixel_values, progress)
+    calibrated = _with_known_images(calibrated, known, features[known].numpy(), labels)
+    if not learn:
+        return calibrated
     rows = np.flatnonzero(np.bincount(labels, minlength=len(artifact.tasks))[labels] >= 2)
     given = np.unique(labels[rows])
     if len(given) < 2:
@@ -156,8 +171,15 @@ def calibrate_pool(
         given,
         len(artifact.tasks),
     )
-    info = dataclasses.replace(info, discriminant=taps, discriminant_weight=PSEUDO_WEIGHT)
-    return _calibrated(artifact, info, Calibration(offset, scale, weight, bias))
+    assert calibrated.info.calibration is not None
+    assert calibrated.calibration is not None
+    return _calibrated(
+        artifact,
+        dataclasses.replace(
+            calibrated.info.calibration, discriminant=taps, discriminant_weight=PSEUDO_WEIGHT
+        ),
+        dataclasses.replace(calibrated.calibration, weight=weight, bias=bias),
+    )
 
 
 def calibrate_task_images(
@@ -227,7 +249,10 @@ def calibrate_task_images(
         margin = float(np.quantile(margins, UNSURE_SHARE))
         router = dataclasses.replace(router, verify_margin=margin, verify_prior=VERIFY_PRIOR)
     artifact = dataclasses.replace(artifact, info=dataclasses.replace(artifact.info, router=router))
-    return _calibrated(artifact, info, Calibration(offset, scale, weight, bias)), trials
+    artifact = _calibrated(artifact, info, Calibration(offset, scale, weight, bias))
+    if not incomplete:  # else images of the other tasks would be unknown
+        artifact = _with_known_images(artifact, chosen, features[chosen].numpy(), labels)
+    return artifact, trials
 
 
 def _require_task_images(names: Sequence[str], images: Mapping[str, NDArray[np.float32]]) -> None:
@@ -254,6 +279,59 @@ def _own_answers(
         parts += [model.residuals(batch).argmin(dim=1)]
     labels: NDArray[np.int64] = torch.cat(parts).numpy()
     return labels
+
+
+def _deepest(artifact: Artifact) -> Tap:
+    """The last mlp input that the first pass computes anyway."""
+    layers = artifact.info.vision.layers
+    read = layers - 1 if artifact.info.router.evidence else max(artifact.info.taps()).layer
+    return Tap(max(read, default_routing_layer(layers)), "mlp")
+
+
+def _with_known_images(
+    artifact: Artifact, tap: Tap, features: NDArray[np.float64], labels: NDArray[np.int64]
+) -> Artifact:
+    """The calibrated artifact with what its images look like at a tap, by task: [n, D], [n]"""
+    _, labels = np.unique(labels, return_inverse=True)
+    distances = np.empty(len(labels))
+    folds = _folds(labels)
+    for fold in range(int(folds.max()) + 1):
+        held = folds == fold
+        distances[held] = _distances(features[held], *_known_images(features[~held], labels[~held]))
+    whiten, centres = (torch.from_numpy(array).float() for array in _known_images(features, labels))
+    info, calibration = artifact.info.calibration, artifact.calibration
+    assert info is not None
+    assert calibration is not None
+    info = dataclasses.replace(
+        info, unknown=tap, unknown_threshold=float(np.quantile(distances, 1 - FALSE_ALARMS))
+    )
+    return _calibrated(artifact, info, dataclasses.replace(calibration, whiten=whiten, centres=centres))
+
+
+def _known_images(
+    features: NDArray[np.float64], labels: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Inverse square root of the shrunk covariance within tasks [D, D], and the tasks' whitened means [K, D]."""
+    present, labels = np.unique(labels, return_inverse=True)
+    means = np.stack([features[labels == k].mean(axis=0) for k in range(len(present))])
+    centred = features - means[labels]
+    degrees, D = max(len(features) - len(present), 1), features.shape[1]
+    covariance = centred.T @ centred / degrees
+    trace = float(np.trace(covariance))
+    shrinkage = _shrinkage(trace, float(np.sum(covariance**2)), D, degrees)
+    floor = shrinkage * trace / D + 1e-6 * max(trace / D, 1e-12)
+    values, vectors = np.linalg.eigh((1 - shrinkage) * covariance)
+    whiten = (vectors / np.sqrt(np.maximum(values, 0) + floor)) @ vectors.T
+    return whiten, means @ whiten
+
+
+def _distances(
+    features: NDArray[np.float64], whiten: NDArray[np.float64], centres: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """As the first pass computes them: [n, D] -> [n]"""
+    given = (torch.from_numpy(array) for array in (features, whiten, centres))
+    found: NDArray[np.float64] = whitened_distance(*given).numpy()
+    return found
 
 
 def _joined(features: Mapping[Tap, Tensor], taps: Sequence[Tap]) -> NDArray[np.float64]:
@@ -296,10 +374,7 @@ def fit_discriminant(
     few = n < D  # then products of images are smaller than those of dimensions
     gram = centred @ centred.T if few else centred.T @ centred  # both have the covariance's trace and norm
     trace, square = np.trace(gram) / degrees, float(np.sum(gram**2)) / degrees**2
-    shrinkage = 1.0
-    if square > trace**2 / D:
-        numerator = (1 - 2 / D) * square + trace**2
-        shrinkage = min(1.0, numerator / ((degrees + 1 - 2 / D) * (square - trace**2 / D)))
+    shrinkage = _shrinkage(trace, square, D, degrees)
     kept, floor = (1 - shrinkage) / degrees, shrinkage * trace / D + 1e-6 * max(trace / D, 1e-12)
     if few and kept > 0:  # Woodbury's identity
         inner = np.linalg.solve(gram + floor / kept * np.eye(n), centred @ means.T)
@@ -312,20 +387,41 @@ def fit_discriminant(
     return weight, bias
 
 
+def _shrinkage(trace: float, square: float, D: int, degrees: int) -> float:
+    """The oracle-approximating coefficient (Chen et al. 2010, eq. 23), 0..1.
+
+    Args:
+        trace: of the covariance.
+        square: of its Frobenius norm.
+        D: dimensions.
+        degrees: of freedom.
+    """
+    if square <= trace**2 / D:
+        return 1.0
+    numerator = (1 - 2 / D) * square + trace**2
+    return min(1.0, numerator / ((degrees + 1 - 2 / D) * (square - trace**2 / D)))
+
+
 def cross_validated_posterior(
     features: NDArray[np.float64], labels: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Scores of the discriminant for each image by the fit that has not seen its fold. [n, K]"""
-    folds = np.zeros(len(labels), np.int64)
-    for k in range(int(labels.max()) + 1):
-        rows = np.flatnonzero(labels == k)
-        folds[rows] = np.random.default_rng(k).permutation(len(rows)) % min(FOLDS, len(rows))
+    folds = _folds(labels)
     scores = np.zeros((len(labels), int(labels.max()) + 1))
     for fold in range(int(folds.max()) + 1):
         held = folds == fold
         weight, bias = fit_discriminant(features[~held], labels[~held])
         scores[held] = features[held] @ weight.T + bias
     return scores
+
+
+def _folds(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The fold of each image, at random within its task. [n]"""
+    folds = np.zeros(len(labels), np.int64)
+    for k in range(int(labels.max()) + 1):
+        rows = np.flatnonzero(labels == k)
+        folds[rows] = np.random.default_rng(k).permutation(len(rows)) % min(FOLDS, len(rows))
+    return folds
 
 
 def cross_validate(features: NDArray[np.float64], labels: NDArray[np.int64]) -> float:

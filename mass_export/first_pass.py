@@ -17,7 +17,7 @@ from mass_export.artifact import Artifact
 from mass_export.graph import Graph
 from mass_export.head_evidence import evidence_scales
 from mass_export.router_spec import Norm, Tap
-from mass_export.routing import COVARIANCE_RIDGE, orthonormal_rows
+from mass_export.routing import COVARIANCE_RIDGE, UNKNOWN_RESIDUAL_WEIGHT, orthonormal_rows
 from mass_export.second_pass import add_heads
 from mass_export.vit_graph import (
     Layers,
@@ -31,7 +31,9 @@ from mass_export.vit_graph import (
 from runtime.routing import STD_EPSILON
 
 
-def add_first_pass(layers: Layers, artifact: Artifact, pixel_values: ir.Value) -> ir.Value:
+def add_first_pass(
+    layers: Layers, artifact: Artifact, pixel_values: ir.Value
+) -> tuple[ir.Value, ir.Value | None]:
     """Add the nodes of the first pass.
 
     Args:
@@ -40,13 +42,13 @@ def add_first_pass(layers: Layers, artifact: Artifact, pixel_values: ir.Value) -
         pixel_values: normalised images. [B, 3, H, W]
 
     Returns:
-        residuals [B, T]
+        residuals [B, T]; unknown [B] or None, see `mass_export.routing.unknown_score` and `whitened_distance`
     """
     graph, info, router = layers.graph, artifact.info, artifact.info.router
     features, last = _features(layers, artifact, pixel_values, whole=bool(router.evidence))
-    score = None
+    score, share, evidence, unknown = None, None, None, None
     if info.calibration is None or info.calibration.residual_weight:
-        score = _residual_score(graph, artifact, features)
+        score, share = _residual_score(graph, artifact, features)
     if info.calibration is not None and info.calibration.discriminant:
         parts = [features[tap] for tap in info.calibration.discriminant]
         z = graph.op("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
@@ -56,18 +58,29 @@ def add_first_pass(layers: Layers, artifact: Artifact, pixel_values: ir.Value) -
     assert score is not None
     if router.evidence:
         assert router.evidence != "auto"
-        evidence = standardize_over_tasks(graph, _head_evidence(layers, artifact, last), len(artifact.tasks))
-        score = graph.op("Sub", score, graph.op("Mul", evidence, graph.scalar(router.evidence)))
-    return score
+        evidence = _head_evidence(layers, artifact, last)
+        lead = standardize_over_tasks(graph, evidence, len(artifact.tasks))
+        score = graph.op("Sub", score, graph.op("Mul", lead, graph.scalar(router.evidence)))
+    if info.calibration is not None and info.calibration.unknown is not None:
+        unknown = _whitened_distance(graph, artifact, features[info.calibration.unknown])
+    elif share is not None:
+        unknown = share
+        if evidence is not None:
+            best = graph.op("ReduceMax", evidence, graph.integers(-1), keepdims=0)
+            unknown = graph.op("Sub", graph.op("Mul", share, graph.scalar(UNKNOWN_RESIDUAL_WEIGHT)), best)
+    return score, unknown
 
 
-def _residual_score(graph: Graph, artifact: Artifact, features: dict[Tap, ir.Value]) -> ir.Value:
-    """Residuals of all taps, calibrated, standardised and averaged: -> [B, T]"""
+def _residual_score(
+    graph: Graph, artifact: Artifact, features: dict[Tap, ir.Value]
+) -> tuple[ir.Value, ir.Value]:
+    """Residuals of all taps, calibrated, standardised and averaged [B, T]; smallest share of the last feature [B]."""
     info, calibration = artifact.info, artifact.calibration
-    by_tap = []
+    by_tap, last = [], None
     for index, tap in enumerate(info.taps()):
         bases = stack_bases([orthonormal_rows(task[tap.parameter]) for task in artifact.router_bases])
         r = residuals(graph, features[tap], bases, info.router.norm, f"router.{tap.parameter}")
+        last = r
         if calibration is not None:
             r = graph.op("Sub", r, graph.constant(calibration.offset[index].float().numpy()))
             r = graph.op("Div", r, graph.constant(calibration.scale[index].float().numpy()))
@@ -78,7 +91,31 @@ def _residual_score(graph: Graph, artifact: Artifact, features: dict[Tap, ir.Val
     for r in by_tap[1:]:
         score = graph.op("Add", score, r)
     share = 1 / len(by_tap) * (info.calibration.residual_weight if info.calibration is not None else 1.0)
-    return graph.op("Mul", score, graph.scalar(share)) if share != 1 else score
+    score = graph.op("Mul", score, graph.scalar(share)) if share != 1 else score
+    assert last is not None
+    return score, _least_share(graph, features[info.taps()[-1]], last, info.router.norm)
+
+
+def _least_share(graph: Graph, z: ir.Value, r: ir.Value, norm: Norm) -> ir.Value:
+    """Smallest residual [B, T] as a share of the feature's own length, z [B, D]: -> [B]"""
+    length = graph.op("ReduceL1" if norm == "l1" else "ReduceL2", z, graph.integers(-1), keepdims=0)
+    if norm == "mahalanobis":
+        length = graph.op("Div", length, graph.scalar(COVARIANCE_RIDGE**0.5))
+    return graph.op("Div", graph.op("ReduceMin", r, graph.integers(-1), keepdims=0), length)
+
+
+def _whitened_distance(graph: Graph, artifact: Artifact, z: ir.Value) -> ir.Value:
+    """Distance to the nearest centre of the calibration images, z [B, D]: -> [B]"""
+    calibration = artifact.calibration
+    assert calibration is not None
+    assert calibration.whiten is not None
+    assert calibration.centres is not None
+    white = graph.op("MatMul", z, graph.weight("router.whiten", calibration.whiten.float().numpy()))
+    centres = graph.weight("router.centres", calibration.centres.float().numpy())  # [K, D]
+    differences = graph.op("Sub", graph.op("Unsqueeze", white, graph.integers(1)), centres)  # [B, K, D]
+    squared = graph.op("Mul", differences, differences)
+    mean = graph.op("ReduceMean", squared, graph.integers(-1), keepdims=0)  # [B, K]
+    return graph.op("Sqrt", graph.op("ReduceMin", mean, graph.integers(-1), keepdims=0))
 
 
 def _log_posterior(graph: Graph, artifact: Artifact, z: ir.Value) -> ir.Value:

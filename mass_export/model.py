@@ -25,6 +25,8 @@ from mass_export.routing import (
     projection_residuals,
     routing_feature,
     standardize_over_tasks,
+    unknown_score,
+    whitened_distance,
 )
 from mass_export.second_pass import head_biases
 from mass_export.vit import encode, tap_tokens
@@ -64,15 +66,27 @@ class MassModel:
         """Names in order."""
         return [task.name for task in self.artifact.info.tasks]
 
-    @torch.inference_mode()
     def residuals(self, pixel_values: Tensor) -> Tensor:
         """First pass: distance of the routing features to each task's subspaces. [B, 3, H, W] -> [B, T]"""
+        return self.first_pass(pixel_values)[0]
+
+    @torch.inference_mode()
+    def first_pass(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Residuals, and how unknown each image is, if that can be said.
+
+        Args:
+            pixel_values: normalised images. [B, 3, H, W]
+
+        Returns:
+            residuals [B, T], unknown [B] or None
+        """
         info = self.artifact.info
         router, spec, calibration = info.router, info.vision, self._calibration
         pixel_values = pixel_values.to(self.dtype)
         tokens = tap_tokens(self._first_pass, pixel_values, spec, info.read_taps())
         features = {tap: routing_feature(t, router.token) for tap, t in tokens.items()}
         score = torch.zeros(len(pixel_values), len(info.tasks), dtype=self.dtype)
+        by_tap, evidence = [], None
         if info.calibration is None or info.calibration.residual_weight:
             by_tap = [
                 projection_residuals(features[tap], [b[tap.parameter] for b in self._bases], router.norm)
@@ -92,7 +106,17 @@ class MassModel:
             logits = feature @ self._head_weight.T + self._head_bias
             evidence = head_evidence(logits * self._evidence_scales, sizes)
             score = score - router.evidence * standardize_over_tasks(evidence)
-        return score
+        unknown = None
+        if info.calibration is not None and info.calibration.unknown is not None:
+            assert calibration is not None
+            assert calibration.whiten is not None
+            assert calibration.centres is not None
+            unknown = whitened_distance(
+                features[info.calibration.unknown], calibration.whiten, calibration.centres
+            )
+        elif by_tap:
+            unknown = unknown_score(features[info.taps()[-1]], by_tap[-1], router.norm, evidence)
+        return score, unknown
 
     def route(
         self, residuals: NDArray[np.floating], allowed: Sequence[int] | None = None
@@ -155,13 +179,14 @@ class MassModel:
         """
         T, B = len(self.artifact.tasks), len(pixel_values)
         allowed = range(T) if tasks is None else sorted(self.task_names.index(name) for name in tasks)
-        residuals = None
+        residuals = unknown = None
         if tasks is not None and len(allowed) == 1:
             gates = np.zeros((B, T), np.float32)
             gates[:, allowed[0]] = 1
             selection = select_tasks(gates, "top1", 0.0, 1)
         else:
-            residuals = self.residuals(pixel_values).numpy()
+            scores, distance = self.first_pass(pixel_values)
+            residuals, unknown = scores.numpy(), None if distance is None else distance.numpy()
             gates, selection = self.route(residuals, allowed)
         logits = self._logits_by_set(pixel_values, gates, selection.sets())
         verified = np.zeros(B, np.bool_)
@@ -186,6 +211,7 @@ class MassModel:
             task_index=task_index,
             class_index=class_index,
             verified=verified,
+            unknown=unknown,
         )
 
     def _logits_by_set(

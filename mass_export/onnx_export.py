@@ -131,11 +131,13 @@ def _write_first_pass(artifact: Artifact, weights: WeightsFile, directory: Path)
     shares_base = not artifact.merged
     params, prefix = (artifact.base, "base.") if shares_base else (artifact.merged, "merged.")
     layers = Layers(graph, artifact.info.vision, params, prefix)
-    residuals = add_first_pass(layers, artifact, pixel_values)
-    shape: list[int | str] = ["B", len(artifact.tasks)]
-    return graph.save(
-        directory / f"{FIRST_PASS}.onnx", {"residuals": (residuals, shape)}, mass_export.__version__
-    )
+    residuals, unknown = add_first_pass(layers, artifact, pixel_values)
+    outputs: dict[str, tuple[ir.Value, list[int | str]]] = {
+        "residuals": (residuals, ["B", len(artifact.tasks)])
+    }
+    if unknown is not None:
+        outputs["unknown"] = (unknown, ["B"])
+    return graph.save(directory / f"{FIRST_PASS}.onnx", outputs, mass_export.__version__)
 
 
 def _write_second_pass(
@@ -186,6 +188,7 @@ def _manifest(
             verify_margin=router.verify_margin,
             verify_budget=router.verify_budget,
             verify_prior=router.verify_prior,
+            unknown_threshold=None if info.calibration is None else info.calibration.unknown_threshold,
             layers=tuple(sorted({tap.layer for tap in info.taps()})),
             site=router.site,
             token=router.token,

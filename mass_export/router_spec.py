@@ -172,6 +172,8 @@ class CalibrationInfo(FromMapping):
         discriminant_weight: weight of the discriminant's log posterior, >= 0.
         sources: names of folders and files, for the record.
         router: the settings that the calibration started from; it may have replaced some.
+        unknown: tap whose feature is compared with those of the images; None compares with none.
+        unknown_threshold: images at a greater distance are unknown.
     """
 
     level: CalibrationLevel
@@ -181,8 +183,17 @@ class CalibrationInfo(FromMapping):
     discriminant_weight: float = 0.0
     sources: dict[str, Any] | None = None
     router: RouterSettings | None = None
+    unknown: Tap | None = None
+    unknown_threshold: float | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.unknown, dict):
+            object.__setattr__(self, "unknown", Tap(**self.unknown))
+        value = self.unknown_threshold
+        require(
+            value is None or (is_real(value) and value >= 0),
+            f"calibration.unknown_threshold: expected a number >= 0, got {value!r}.",
+        )
         if isinstance(self.router, dict):
             object.__setattr__(
                 self, "router", RouterSettings.from_mapping(self.router, "calibration", "router")

@@ -16,6 +16,8 @@ from mass_export.router_spec import Norm, Standardize, Token
 from runtime.routing import STD_EPSILON
 
 COVARIANCE_RIDGE = 1e-3
+# Weight of the relative residual, in [0, 1], against head evidence, which spans some 28 cosines.
+UNKNOWN_RESIDUAL_WEIGHT = 20.0
 # Rows of a basis may be off by this much, as float32 leaves them; 16 bits leave 1e-3.
 ORTHONORMAL_TOLERANCE = 1e-5
 
@@ -95,6 +97,41 @@ def combine_taps(
     if standardize == "tasks":
         residuals = standardize_over_tasks(residuals)
     return residuals.mean(dim=1)
+
+
+def unknown_score(z: Tensor, residuals: Tensor, norm: Norm, evidence: Tensor | None) -> Tensor:
+    """How badly even the best task explains an image, without any image to compare with.
+
+    `min_i r_i / ||z||`, the share of the feature that no task's subspace holds; where heads speak,
+    20 times that less the strongest evidence.
+
+    Args:
+        z: feature at the router's last tap. [B, D]
+        residuals: there, as `projection_residuals` has them. [B, T]
+        norm: of the residuals.
+        evidence: of `head_evidence`, or None. [B, T]
+
+    Returns:
+        score: higher is less known. [B]
+    """
+    length = projection_residuals(z, [torch.zeros(1, z.shape[1], dtype=z.dtype)], norm)[:, 0]
+    share = residuals.amin(dim=1) / length
+    return share if evidence is None else UNKNOWN_RESIDUAL_WEIGHT * share - evidence.amax(dim=1)
+
+
+def whitened_distance(z: Tensor, whiten: Tensor, centres: Tensor) -> Tensor:
+    """Root mean square of the whitened feature's differences to the nearest centre; about 1 for known images.
+
+    Args:
+        z: [B, D]
+        whiten: inverse square root of the covariance. [D, D]
+        centres: whitened. [K, D]
+
+    Returns:
+        distance: >= 0. [B]
+    """
+    differences = (z @ whiten)[:, None, :] - centres
+    return differences.square().mean(dim=2).amin(dim=1).sqrt()
 
 
 def log_posterior(z: Tensor, calibration: Calibration) -> Tensor:

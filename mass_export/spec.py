@@ -213,6 +213,8 @@ class ArtifactInfo:
         taps = set() if calibration is not None and calibration.residual_weight == 0 else set(self.taps())
         if calibration is not None:
             taps.update(calibration.discriminant)
+            if calibration.unknown is not None:
+                taps.add(calibration.unknown)
         return tuple(sorted(taps))
 
     def __post_init__(self) -> None:

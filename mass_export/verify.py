@@ -20,6 +20,7 @@ from runtime.engine_spec import Precision
 
 LOGIT_TOLERANCE = 1e-3
 RESIDUAL_TOLERANCE = 1e-4
+UNKNOWN_TOLERANCE = 1e-3
 # Half precision rounds to 3 digits: near a threshold a decision may turn, and then the logits are of another model.
 HALF_LOGIT_TOLERANCE = 0.02  # of the largest logit, on images with equal sets
 HALF_DECISIONS = 0.9
@@ -42,6 +43,7 @@ class Parity:
         gates_max_abs: largest absolute difference of a gate.
         equal_sets, equal_tasks, equal_classes: shares of images with the same set, task, and class, 0..1.
         largest_logit: largest absolute logit of the reference.
+        unknown_max_abs: largest absolute difference of the unknown score.
     """
 
     images: int
@@ -52,6 +54,7 @@ class Parity:
     equal_tasks: float
     equal_classes: float
     largest_logit: float = 0.0
+    unknown_max_abs: float = 0.0
 
     def within_tolerance(self, precision: Precision = "fp32") -> bool:
         """Whether differences are rounding, and the decisions agree: all of them, or most in a narrow precision."""
@@ -66,6 +69,7 @@ class Parity:
         return (
             self.logits_max_abs <= LOGIT_TOLERANCE
             and self.residuals_max_rel <= RESIDUAL_TOLERANCE
+            and self.unknown_max_abs <= UNKNOWN_TOLERANCE
             and decisions == 1.0
         )
 
@@ -146,6 +150,11 @@ def compare(expected: ForwardResult, actual: ForwardResult) -> Parity:
     if expected.residuals is not None and actual.residuals is not None:
         scale = np.maximum(np.abs(expected.residuals).max(axis=1, keepdims=True), 1e-6)
         residuals = float(np.max(np.abs(actual.residuals - expected.residuals) / scale))
+    unknown = 0.0
+    if expected.unknown is not None:
+        if actual.unknown is None:
+            raise VerificationError("the bundle has no unknown score, but the eager model has one.")
+        unknown = float(np.max(np.abs(actual.unknown - expected.unknown)))
     same_model = (actual.selected == expected.selected).all(axis=1)
     logits = np.abs(actual.logits - expected.logits)[same_model]
     return Parity(
@@ -157,6 +166,7 @@ def compare(expected: ForwardResult, actual: ForwardResult) -> Parity:
         equal_tasks=float(np.mean(actual.task_index == expected.task_index)),
         equal_classes=float(np.mean(actual.class_index == expected.class_index)),
         largest_logit=float(np.abs(expected.logits).max()),
+        unknown_max_abs=unknown,
     )
 
 
@@ -176,4 +186,5 @@ def combine(parts: list[Parity]) -> Parity:
         equal_tasks=share("equal_tasks"),
         equal_classes=share("equal_classes"),
         largest_logit=max(part.largest_logit for part in parts),
+        unknown_max_abs=max(part.unknown_max_abs for part in parts),
     )

@@ -56,7 +56,8 @@ class TensorSpec:
 class PassSpec:
     """One of the two graphs; all dimensions but T, K*R and sum C are dynamic.
 
-    first pass: `pixel_values [B, 3, H, W] float32` -> `residuals [B, T] float32`.
+    first pass: `pixel_values [B, 3, H, W] float32` -> `residuals [B, T] float32`, and where it can be said
+        `unknown [B] float32`: higher where no task explains the image.
 
     second pass, for samples whose sets have the same size K -> `logits [B, sum C] float32`, every head:
         pixel_values: [B, 3, H, W] float32
@@ -163,6 +164,7 @@ class RouterSpec:
             `runtime.verification`; 0 is off.
         verify_budget: share of a batch that may be verified, in [0, 1].
         verify_prior: weight of the score against the heads' confidence there, >= 0.
+        unknown_threshold: an image whose `unknown` is greater is of no known task; None gives no verdict.
         layers: transformer blocks that are read, counted from 0.
         site: `mlp`, `attn` or `both`, the branches of the blocks that are read.
         token: `cls` or `mean`.
@@ -178,6 +180,7 @@ class RouterSpec:
     verify_margin: float = field(default=0.0, kw_only=True)
     verify_budget: float = field(default=1.0, kw_only=True)
     verify_prior: float = field(default=1.0, kw_only=True)
+    unknown_threshold: float | None = field(default=None, kw_only=True)
     layers: tuple[int, ...]
     site: str
     token: str
@@ -261,10 +264,10 @@ def router_fault(router: RouterSpec) -> str | None:
         return f"temperature must be finite and > 0, got {router.temperature}"
     if router.max_tasks < 1:
         return f"max_tasks must be >= 1, got {router.max_tasks}"
-    for name in ("verify_margin", "verify_prior"):
+    for name, least in {"verify_margin": 0.0, "verify_prior": 0.0, "unknown_threshold": -math.inf}.items():
         value = getattr(router, name)
-        if not (value >= 0 and math.isfinite(value)):
-            return f"{name} must be finite and >= 0, got {value}"
+        if value is not None and not (value >= least and math.isfinite(value)):
+            return f"{name} must be finite{' and >= 0' if least == 0 else ''}, got {value}"
     if not 0 <= router.verify_budget <= 1:
         return f"verify_budget must lie in [0, 1], got {router.verify_budget}"
     return None

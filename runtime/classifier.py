@@ -62,6 +62,7 @@ class Classifier:
         temperature: float | None = None,
         max_tasks: int | None = None,
         head_choice: HeadChoice | None = None,
+        unknown_threshold: float | None = None,
         batch_size: int = 32,
         core_cache_sets: int = 64,
         cuda_graphs: bool = False,
@@ -75,11 +76,12 @@ class Classifier:
                 other is taken or is an error.
             num_threads: threads within an operator on the CPU; None lets the backend choose.
             verify: compare `full` checksums, or only the `size` of each file.
-            mode: of the gates, `topk`, `top1` or `weighted`; this and the next four replace the bundle's.
+            mode: of the gates, `topk`, `top1` or `weighted`; this and the next five replace the bundle's.
             threshold: a task is kept when its gate is greater, in [0, 1).
             temperature: divides the (standardised) residuals before the softmax, > 0.
             max_tasks: cap of `topk`, >= 1.
             head_choice: heads of a set compete by their `max` or `mean` logit.
+            unknown_threshold: images whose `unknown` is greater are of no known task.
             batch_size: images that are in work at a time.
             core_cache_sets: distinct sets of tasks whose cores are kept, see `CoreCache`.
             cuda_graphs: TensorRT alone: record the kernels of each batch size and replay them.
@@ -106,6 +108,7 @@ class Classifier:
             temperature=temperature,
             max_tasks=max_tasks,
             head_choice=head_choice,
+            unknown_threshold=unknown_threshold,
         )
         check_files(directory, self.manifest.files, verify)
         self.tasks = tuple(task.name for task in self.manifest.tasks)
@@ -190,7 +193,9 @@ class Classifier:
         while batch := list(islice(images, self._batch_size)):
             pixel_values = pixel_values_from_images(batch, self.manifest.preprocess, first_index=done)
             result = self._forward(pixel_values, allowed)
-            yield from predictions_from_result(result, self.manifest.tasks, top_k)
+            yield from predictions_from_result(
+                result, self.manifest.tasks, top_k, self.router.unknown_threshold
+            )
             done += len(batch)
 
     def forward(self, pixel_values: Any, tasks: Iterable[str] | None = None) -> ForwardResult:
@@ -220,14 +225,19 @@ class Classifier:
         router, shape = self.router, (len(images), len(self.tasks))
         pixel_values = self._first.stage(_contiguous(images))
         residuals: NDArray[np.float32] | None = None
+        unknown: NDArray[np.float32] | None = None
         if allowed is not None and len(allowed) == 1:
             gates = np.zeros(shape, np.float32)
             gates[:, allowed] = 1
             order = np.broadcast_to([*allowed, *(i for i in range(shape[1]) if i not in allowed)], shape)
             selection = Selection(gates > 0, order)
         else:
-            residuals = self._first.run({"pixel_values": pixel_values})["residuals"].astype(np.float32)
+            found = self._first.run({"pixel_values": pixel_values})
+            residuals = found["residuals"].astype(np.float32)
             _require_finite("residuals", residuals)
+            if "unknown" in found:
+                unknown = found["unknown"].astype(np.float32)
+                _require_finite("unknown", unknown)
             gates = gates_from_residuals(residuals, router.mode, router.temperature, allowed)
             selection = select_tasks(gates, router.mode, router.threshold, router.max_tasks)
         logits = self._second_pass(pixel_values, selection.sets(), gates)
@@ -243,7 +253,9 @@ class Classifier:
                 run=lambda rows, sets: self._second_pass(pixel_values[rows], sets, gates[rows]),
             )
         task_index, class_index = answer(logits, self.manifest.tasks, selection, router.head_choice)
-        return ForwardResult(residuals, gates, selection.selected, logits, task_index, class_index, verified)
+        return ForwardResult(
+            residuals, gates, selection.selected, logits, task_index, class_index, verified, unknown
+        )
 
     def _second_pass(
         self, pixel_values: Any, sets: Sequence[TaskSet], gates: NDArray[np.float32]
@@ -306,7 +318,7 @@ def _overridden(router: RouterSpec, **overrides: Any) -> RouterSpec:
     for name, value in given.items():
         if name == "max_tasks":
             _require_count(name, value)
-        elif name in ("threshold", "temperature"):
+        elif name in ("threshold", "temperature", "unknown_threshold"):
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise InputError(f"{name}: expected a finite number, got {value!r}.")
         else:

@@ -26,6 +26,8 @@ class ForwardResult:
         task_index: the task that answers. [B] int64
         class_index: its class, within the task. [B] int64
         verified: routes that were unsure, so that the second-best task was run, too. [B] bool
+        unknown: higher where no task explains the image; None when one task was given, or the bundle does not say.
+            [B] float32
     """
 
     residuals: NDArray[np.float32] | None
@@ -35,6 +37,7 @@ class ForwardResult:
     task_index: NDArray[np.int64]
     class_index: NDArray[np.int64]
     verified: NDArray[np.bool_]
+    unknown: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class Prediction:
         alternatives: (task, label, score) of the task's best classes, best first; the first is the answer.
         gates: weight of each task before selection, sum 1.
         residuals: distance to each task, lower matches better; None when the task was given.
+        unknown: how badly even the best task explains the image, higher is worse; None where it is not known. Its
+            scale is the bundle's: about 1 for known images with a calibration, else it only ranks.
+        is_unknown: whether that exceeds the bundle's threshold; None without a score or a threshold.
     """
 
     task: str
@@ -56,6 +62,8 @@ class Prediction:
     alternatives: tuple[tuple[str, str, float], ...]
     gates: dict[str, float]
     residuals: dict[str, float] | None
+    unknown: float | None = None
+    is_unknown: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -67,6 +75,7 @@ class Prediction:
 def joined(parts: Sequence[ForwardResult]) -> ForwardResult:
     """Results of consecutive parts of a batch, as one."""
     residuals = [part.residuals for part in parts if part.residuals is not None]
+    unknown = [part.unknown for part in parts if part.unknown is not None]
     return ForwardResult(
         residuals=np.concatenate(residuals) if residuals else None,
         gates=np.concatenate([part.gates for part in parts]),
@@ -75,16 +84,20 @@ def joined(parts: Sequence[ForwardResult]) -> ForwardResult:
         task_index=np.concatenate([part.task_index for part in parts]),
         class_index=np.concatenate([part.class_index for part in parts]),
         verified=np.concatenate([part.verified for part in parts]),
+        unknown=np.concatenate(unknown) if unknown else None,
     )
 
 
-def predictions_from_result(result: ForwardResult, tasks: Sequence[TaskSpec], top_k: int) -> list[Prediction]:
+def predictions_from_result(
+    result: ForwardResult, tasks: Sequence[TaskSpec], top_k: int, unknown_threshold: float | None = None
+) -> list[Prediction]:
     """Name the answers of a batch.
 
     Args:
         result: of the batch.
         tasks: of the bundle.
         top_k: alternatives for each image, at most.
+        unknown_threshold: a greater `unknown` is a verdict; None gives none.
     """
     names = [task.name for task in tasks]
     predictions = []
@@ -99,5 +112,7 @@ def predictions_from_result(result: ForwardResult, tasks: Sequence[TaskSpec], to
         if result.residuals is not None:
             residuals = dict(zip(names, result.residuals[row].tolist(), strict=True))
         gates = dict(zip(names, result.gates[row].tolist(), strict=True))
-        predictions.append(Prediction(*alternatives[0], alternatives, gates, residuals))
+        unknown = None if result.unknown is None else float(result.unknown[row])
+        verdict = None if unknown is None or unknown_threshold is None else unknown > unknown_threshold
+        predictions.append(Prediction(*alternatives[0], alternatives, gates, residuals, unknown, verdict))
     return predictions

@@ -127,4 +127,6 @@ def answer_from_prediction(name: str, found: Prediction) -> dict[str, Any]:
         "alternatives": alternatives,
         "gates": found.gates,
         "residuals": found.residuals,
+        "unknown": found.unknown,
+        "is_unknown": found.is_unknown,
     }

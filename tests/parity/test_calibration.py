@@ -17,6 +17,7 @@ from mass_export.calibration import (
     cross_validate,
     fit_discriminant,
     synthetic_images,
+    tap_features,
 )
 from mass_export.errors import DataError
 from mass_export.merge import merge
@@ -25,6 +26,7 @@ from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
 from mass_export.router_spec import Tap
+from mass_export.vit import encode
 from runtime.classifier import Classifier
 
 QUIET = Progress(quiet=True)
@@ -55,6 +57,7 @@ def assert_exported_equals_eager(artifact: Artifact, tmp_path: Path) -> None:
     with Classifier(bundle, provider="cpu") as classifier:
         exported = classifier.forward(images)
     np.testing.assert_allclose(exported.residuals, eager.residuals, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(exported.unknown, eager.unknown, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(exported.selected, eager.selected)
     np.testing.assert_allclose(exported.logits, eager.logits, rtol=0, atol=2e-4)
 
@@ -217,3 +220,103 @@ def test_calibrating_again_starts_from_the_settings_of_the_merge(
     assert again.info == direct.info
     images = torch.from_numpy(pool)
     assert torch.equal(MassModel(again).residuals(images), MassModel(direct).residuals(images))
+
+
+def unknown_by_hand(artifact: Artifact, images: np.ndarray) -> np.ndarray:
+    """The score without images, from features and bases, in plain numpy."""
+    tap = artifact.info.taps()[-1]
+    z = tap_features(artifact, images, [tap], QUIET)[tap].numpy()
+    shares = []
+    for bases in artifact.router_bases:
+        vh = bases[tap.parameter].double().numpy()
+        shares.append(np.linalg.norm(z - z @ vh.T @ vh, axis=1) / np.linalg.norm(z, axis=1))
+    return np.min(shares, axis=0)
+
+
+def test_without_images_unknown_is_the_smallest_share_outside_a_subspace(artifact: Artifact) -> None:
+    images = task_images()["task0"]
+    _, unknown = MassModel(artifact, torch.float64).first_pass(torch.from_numpy(images))
+    np.testing.assert_allclose(unknown.numpy(), unknown_by_hand(artifact, images), rtol=1e-5)
+    assert (unknown > 0).all()
+
+
+@pytest.mark.parametrize("norm", ["l1", "mahalanobis"])
+def test_the_share_does_not_depend_on_the_scale_of_the_norm(
+    pico_files: Callable[..., Path], tmp_path: Path, norm: str
+) -> None:
+    router = {"layers": [1], "norm": norm, "mode": "top1"}
+    artifact = merge(load_recipe(pico_files(tasks=3, base_merge="zeroshot", router=router)), QUIET)
+    images = task_images()["task1"]
+    _, unknown = MassModel(artifact, torch.float64).first_pass(torch.from_numpy(images))
+    assert ((unknown > 0) & (unknown < 2)).all()
+    if norm == "mahalanobis":
+        np.testing.assert_allclose(unknown.numpy(), unknown_by_hand(artifact, images), rtol=1e-6)
+    assert_exported_equals_eager(artifact, tmp_path)
+
+
+def test_strong_evidence_makes_an_image_known(artifact: Artifact, tmp_path: Path) -> None:
+    router = dataclasses.replace(artifact.info.router, evidence=2.0)
+    speaking = dataclasses.replace(artifact, info=dataclasses.replace(artifact.info, router=router))
+    images = task_images()["task0"]
+    _, unknown = MassModel(speaking, torch.float64).first_pass(torch.from_numpy(images))
+    heads = [head.weight.double() for head in speaking.heads]
+    feature = encode(
+        {n: p.double() for n, p in speaking.base.items()},
+        torch.from_numpy(images).double(),
+        speaking.info.vision,
+    )
+    claims = []
+    for weight in heads:
+        cosines = feature @ weight.T * 28 / weight.norm(dim=1).mean()
+        claims.append(cosines.logsumexp(dim=1) - np.log(len(weight)))
+    expected = 20 * unknown_by_hand(speaking, images) - torch.stack(claims).amax(dim=0).numpy()
+    np.testing.assert_allclose(unknown.numpy(), expected, rtol=1e-5)
+    assert_exported_equals_eager(speaking, tmp_path)
+
+
+@pytest.mark.parametrize("level", ["pool", "task_images"])
+def test_calibration_images_are_known_and_others_are_not(
+    artifact: Artifact, tmp_path: Path, level: str
+) -> None:
+    by_task = task_images(40)
+    if level == "pool":
+        calibrated = calibrate_pool(artifact, np.concatenate(list(by_task.values())), progress=QUIET)
+    else:
+        calibrated, _ = calibrate_task_images(artifact, by_task, progress=QUIET)
+    threshold = calibrated.info.calibration.unknown_threshold
+    fresh = np.concatenate([images_of(task, 80)[40:] for task in range(3)])
+    rows, columns = np.mgrid[0:16, 0:16]
+    stripes = np.broadcast_to(4.0 * np.sign(np.sin(rows + columns)), (30, 3, 16, 16)).astype(np.float32)
+    model = MassModel(calibrated, torch.float64)
+    known, strange = (model.first_pass(torch.from_numpy(x))[1].numpy() for x in (fresh, stripes))
+    assert np.mean(known > threshold) < 0.25
+    assert (strange > threshold).all()
+    assert 0.3 < np.median(known) < 3
+    assert_exported_equals_eager(calibrated, tmp_path)
+
+
+def test_the_verdict_reaches_the_prediction(artifact: Artifact, tmp_path: Path) -> None:
+    calibrated, _ = calibrate_task_images(artifact, task_images(40), progress=QUIET)
+    path = tmp_path / "merged.safetensors"
+    write_artifact(path, calibrated)
+    assert read_artifact(path).info == calibrated.info
+    export_bundle(read_artifact(path), path, tmp_path / "bundle", verify=True, progress=QUIET)
+    stripes = np.tile(np.array([0, 255], np.uint8), (32, 16))
+    with Classifier(tmp_path / "bundle") as classifier:
+        (prediction,) = classifier.predict([stripes])
+        assert prediction.is_unknown is (prediction.unknown > classifier.router.unknown_threshold)
+        (given,) = classifier.predict([stripes], tasks=["task0"])
+        assert (given.unknown, given.is_unknown) == (None, None)
+    for step, verdict in ((0.1, False), (-0.1, True)):
+        with Classifier(tmp_path / "bundle", unknown_threshold=prediction.unknown + step) as classifier:
+            assert classifier.predict([stripes])[0].is_unknown is verdict
+
+
+def test_where_some_tasks_have_no_images_their_likeness_is_not_judged(artifact: Artifact) -> None:
+    some = {name: images for name, images in task_images().items() if name != "task2"}
+    calibrated, _ = calibrate_task_images(artifact, some, progress=QUIET)
+    assert calibrated.info.calibration.unknown is None
+    assert calibrated.info.calibration.unknown_threshold is None
+    images = torch.from_numpy(task_images()["task2"])
+    before, after = (MassModel(a).first_pass(images)[1] for a in (artifact, calibrated))
+    torch.testing.assert_close(before, after)

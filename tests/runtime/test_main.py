@@ -35,7 +35,17 @@ def test_json_holds_every_prediction(toy_bundle, image_files, capsys):
     assert main([str(toy_bundle()), *image_files, "--json", "--provider", "cpu"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [entry["image"] for entry in found] == image_files
-    assert set(found[0]) == {"image", "task", "label", "score", "alternatives", "gates", "residuals"}
+    assert set(found[0]) == {
+        "image",
+        "task",
+        "label",
+        "score",
+        "alternatives",
+        "gates",
+        "residuals",
+        "unknown",
+        "is_unknown",
+    }
 
 
 def test_several_tasks_may_be_named(toy_bundle, image_files, capsys):
