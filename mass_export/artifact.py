@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ from mass_export.artifact_header import info_from_metadata, metadata_from_info
 from mass_export.errors import ArtifactError, shortened
 from mass_export.factor_storage import Storage, decode, encode, storage_of
 from mass_export.heads import Head
-from mass_export.low_rank import LowRank
+from mass_export.low_rank import LowRank, orthonormal_rows
 from mass_export.safetensors_writer import write_safetensors
 from mass_export.spec import ArtifactInfo
 
@@ -97,6 +98,13 @@ class Artifact:
     heads: tuple[Head, ...] = field(default=())
     calibration: Calibration | None = None
     storage: Storage = field(default=Storage())
+
+    @cached_property
+    def routing_bases(self) -> tuple[dict[str, Tensor], ...]:
+        """`router_bases` for use: their rows are orthonormal also where the file holds them in fewer bits."""
+        return tuple(
+            {name: orthonormal_rows(vh) for name, vh in bases.items()} for bases in self.router_bases
+        )
 
     def without_calibration(self) -> Artifact:
         """The artifact before it was calibrated, with the router's settings of then."""

@@ -26,24 +26,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mass_export.artifact import Artifact, Calibration
+from mass_export.discriminant import (
+    cross_validated_distances,
+    cross_validated_posterior,
+    fit_discriminant,
+    fit_known_images,
+    macro_accuracy,
+)
 from mass_export.errors import DataError
-from mass_export.layer_choice import macro_average
 from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.router_spec import CalibrationInfo, Tap, default_routing_layer
-from mass_export.routing import (
-    orthonormal_rows,
-    projection_residuals,
-    routing_feature,
-    whitened_distance,
-)
-from mass_export.verify import enlarged
+from mass_export.routing import projection_residuals, routing_feature
 from mass_export.vit import tap_tokens
 from runtime.verification import two_best
 
 BATCH = 64
-SYNTHETIC_IMAGES = 256
-FOLDS = 5
 # A shorter first pass is worth this much routing accuracy in cross-validation.
 LAYER_TOLERANCE = 0.005
 # Weight of a discriminant whose labels are the router's own answers, beside these answers' score.
@@ -61,44 +59,6 @@ class LayerTrial:
 
     tap: Tap
     accuracy: float
-
-
-def synthetic_images(artifact: Artifact, count: int = SYNTHETIC_IMAGES, seed: int = 0) -> NDArray[np.float32]:
-    """Images of nothing: 1/f noise of several slopes, patches, gradients and lines, normalised. [n, 3, H, W]"""
-    rng = np.random.default_rng(seed)
-    H, W = artifact.info.vision.image_size
-    frequency = np.hypot(np.fft.fftfreq(H)[:, None], np.fft.fftfreq(W)[None, :])
-    frequency[0, 0] = 1 / max(H, W)
-    images = np.empty((count, 3, H, W), np.float32)
-    for i in range(count):
-        kind = i % 4
-        if kind == 0:  # coloured 1/f noise
-            spectrum = np.fft.fft2(rng.standard_normal((3, H, W))) / frequency ** rng.uniform(0.3, 2)
-            picture = np.fft.ifft2(spectrum).real
-        elif kind == 1:  # flat patches
-            cells = int(rng.integers(2, 9))
-            picture = enlarged(rng.random((3, cells, cells)), H, W)
-        elif kind == 2:  # a light shape on a dark ground, or the other way round
-            rows, columns = np.mgrid[0:H, 0:W]
-            angle, width = rng.uniform(0, np.pi, 3), rng.uniform(1, 4, 3)
-            distance = [
-                abs((rows - rng.uniform(0, H)) * np.cos(a) + (columns - rng.uniform(0, W)) * np.sin(a)) / w
-                for a, w in zip(angle, width, strict=True)
-            ]
-            picture = np.repeat((np.min(distance, axis=0) < 1)[None].astype(float), 3, axis=0)
-            picture = picture if rng.random() < 0.5 else 1 - picture
-        else:  # smooth colour gradients
-            corners = rng.random((3, 2, 2))
-            rows, columns = np.linspace(0, 1, H)[:, None], np.linspace(0, 1, W)[None, :]
-            top = corners[:, :1, :1] * (1 - columns) + corners[:, :1, 1:] * columns
-            low = corners[:, 1:, :1] * (1 - columns) + corners[:, 1:, 1:] * columns
-            picture = top * (1 - rows) + low * rows
-        span = picture.max() - picture.min()
-        images[i] = (picture - picture.min()) / (span if span > 0 else 1)
-    spec = artifact.info.preprocess
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (spec.mean, spec.std))
-    normalised: NDArray[np.float32] = (images - mean) / std
-    return normalised
 
 
 @torch.inference_mode()
@@ -158,18 +118,16 @@ def calibrate_pool(
     calibrated = _calibrated(artifact, info, Calibration(offset, scale))
     if known is None:
         return calibrated
-    labels = _own_answers(calibrated, pixel_values, progress)
-    calibrated = _with_known_images(calibrated, known, features[known].numpy(), labels)
-    if not learn:
+    answers = _own_answers(calibrated, pixel_values, progress)
+    rows = np.flatnonzero(np.bincount(answers)[answers] >= 2)
+    if not len(rows):
         return calibrated
-    rows = np.flatnonzero(np.bincount(labels, minlength=len(artifact.tasks))[labels] >= 2)
-    given = np.unique(labels[rows])
-    if len(given) < 2:
+    given, labels = np.unique(answers[rows], return_inverse=True)
+    calibrated = _with_known_images(calibrated, known, features[known].numpy()[rows], labels)
+    if not learn or len(given) < 2:
         return calibrated
     weight, bias = _with_absent_tasks(
-        *fit_discriminant(_joined(features, taps)[rows], np.searchsorted(given, labels[rows])),
-        given,
-        len(artifact.tasks),
+        *fit_discriminant(_joined(features, taps)[rows], labels), given, len(artifact.tasks)
     )
     assert calibrated.info.calibration is not None
     assert calibrated.calibration is not None
@@ -224,7 +182,7 @@ def calibrate_task_images(
         last: cross_validated_posterior(_joined(features, taps[: last.layer + 1]), labels)
         for last in (taps if tap is None else taps[-1:])
     }
-    trials = tuple(LayerTrial(last, _accuracy(p, labels)) for last, p in posteriors.items())
+    trials = tuple(LayerTrial(last, macro_accuracy(p, labels)) for last, p in posteriors.items())
     best = max(trial.accuracy for trial in trials)
     chosen = next(trial.tap for trial in trials if trial.accuracy >= best - LAYER_TOLERANCE)
     read = taps[: chosen.layer + 1]
@@ -282,7 +240,7 @@ def _own_answers(
 
 
 def _deepest(artifact: Artifact) -> Tap:
-    """The last mlp input that the first pass computes anyway."""
+    """The last mlp input that the router reads, but none before the one that learns from the router's own answers."""
     layers = artifact.info.vision.layers
     read = layers - 1 if artifact.info.router.evidence else max(artifact.info.taps()).layer
     return Tap(max(read, default_routing_layer(layers)), "mlp")
@@ -291,47 +249,18 @@ def _deepest(artifact: Artifact) -> Tap:
 def _with_known_images(
     artifact: Artifact, tap: Tap, features: NDArray[np.float64], labels: NDArray[np.int64]
 ) -> Artifact:
-    """The calibrated artifact with what its images look like at a tap, by task: [n, D], [n]"""
-    _, labels = np.unique(labels, return_inverse=True)
-    distances = np.empty(len(labels))
-    folds = _folds(labels)
-    for fold in range(int(folds.max()) + 1):
-        held = folds == fold
-        distances[held] = _distances(features[held], *_known_images(features[~held], labels[~held]))
-    whiten, centres = (torch.from_numpy(array).float() for array in _known_images(features, labels))
+    """The calibrated artifact with what its images look like at a tap: features [n, D], tasks 0..K-1 [n]."""
     info, calibration = artifact.info.calibration, artifact.calibration
     assert info is not None
     assert calibration is not None
-    info = dataclasses.replace(
-        info, unknown=tap, unknown_threshold=float(np.quantile(distances, 1 - FALSE_ALARMS))
+    distances = cross_validated_distances(features, labels)
+    threshold = float(np.quantile(distances, 1 - FALSE_ALARMS))
+    whiten, centres = fit_known_images(features, labels)
+    return _calibrated(
+        artifact,
+        dataclasses.replace(info, unknown=tap, unknown_threshold=threshold),
+        dataclasses.replace(calibration, whiten=whiten.float(), centres=centres.float()),
     )
-    return _calibrated(artifact, info, dataclasses.replace(calibration, whiten=whiten, centres=centres))
-
-
-def _known_images(
-    features: NDArray[np.float64], labels: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Inverse square root of the shrunk covariance within tasks [D, D], and the tasks' whitened means [K, D]."""
-    present, labels = np.unique(labels, return_inverse=True)
-    means = np.stack([features[labels == k].mean(axis=0) for k in range(len(present))])
-    centred = features - means[labels]
-    degrees, D = max(len(features) - len(present), 1), features.shape[1]
-    covariance = centred.T @ centred / degrees
-    trace = float(np.trace(covariance))
-    shrinkage = _shrinkage(trace, float(np.sum(covariance**2)), D, degrees)
-    floor = shrinkage * trace / D + 1e-6 * max(trace / D, 1e-12)
-    values, vectors = np.linalg.eigh((1 - shrinkage) * covariance)
-    whiten = (vectors / np.sqrt(np.maximum(values, 0) + floor)) @ vectors.T
-    return whiten, means @ whiten
-
-
-def _distances(
-    features: NDArray[np.float64], whiten: NDArray[np.float64], centres: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """As the first pass computes them: [n, D] -> [n]"""
-    given = (torch.from_numpy(array) for array in (features, whiten, centres))
-    found: NDArray[np.float64] = whitened_distance(*given).numpy()
-    return found
 
 
 def _joined(features: Mapping[Tap, Tensor], taps: Sequence[Tap]) -> NDArray[np.float64]:
@@ -351,94 +280,12 @@ def _with_absent_tasks(
     return torch.from_numpy(full_weight).float(), torch.from_numpy(full_bias).float()
 
 
-def fit_discriminant(
-    features: NDArray[np.float64], labels: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Linear discriminant analysis with a shrunk shared covariance and equal priors.
-
-    `score_t = m_t^T S^-1 z - m_t^T S^-1 m_t / 2`, S the within-task covariance shrunk towards a multiple of the
-    identity by the oracle-approximating coefficient (Chen et al. 2010, "Shrinkage algorithms for MMSE covariance
-    estimation", eq. 23).
-
-    Args:
-        features: [n, D]
-        labels: task of each, 0..K-1, each present. [n]
-
-    Returns:
-        weight [K, D], bias [K]
-    """
-    K, (n, D) = int(labels.max()) + 1, features.shape
-    means = np.stack([features[labels == k].mean(axis=0) for k in range(K)])
-    centred = features - means[labels]
-    degrees = max(n - K, 1)
-    few = n < D  # then products of images are smaller than those of dimensions
-    gram = centred @ centred.T if few else centred.T @ centred  # both have the covariance's trace and norm
-    trace, square = np.trace(gram) / degrees, float(np.sum(gram**2)) / degrees**2
-    shrinkage = _shrinkage(trace, square, D, degrees)
-    kept, floor = (1 - shrinkage) / degrees, shrinkage * trace / D + 1e-6 * max(trace / D, 1e-12)
-    if few and kept > 0:  # Woodbury's identity
-        inner = np.linalg.solve(gram + floor / kept * np.eye(n), centred @ means.T)
-        weight = (means.T - centred.T @ inner).T / floor
-    elif few:
-        weight = means / floor
-    else:
-        weight = np.linalg.solve(kept * gram + floor * np.eye(D), means.T).T
-    bias = -0.5 * np.sum(weight * means, axis=1)
-    return weight, bias
-
-
-def _shrinkage(trace: float, square: float, D: int, degrees: int) -> float:
-    """The oracle-approximating coefficient (Chen et al. 2010, eq. 23), 0..1.
-
-    Args:
-        trace: of the covariance.
-        square: of its Frobenius norm.
-        D: dimensions.
-        degrees: of freedom.
-    """
-    if square <= trace**2 / D:
-        return 1.0
-    numerator = (1 - 2 / D) * square + trace**2
-    return min(1.0, numerator / ((degrees + 1 - 2 / D) * (square - trace**2 / D)))
-
-
-def cross_validated_posterior(
-    features: NDArray[np.float64], labels: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Scores of the discriminant for each image by the fit that has not seen its fold. [n, K]"""
-    folds = _folds(labels)
-    scores = np.zeros((len(labels), int(labels.max()) + 1))
-    for fold in range(int(folds.max()) + 1):
-        held = folds == fold
-        weight, bias = fit_discriminant(features[~held], labels[~held])
-        scores[held] = features[held] @ weight.T + bias
-    return scores
-
-
-def _folds(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The fold of each image, at random within its task. [n]"""
-    folds = np.zeros(len(labels), np.int64)
-    for k in range(int(labels.max()) + 1):
-        rows = np.flatnonzero(labels == k)
-        folds[rows] = np.random.default_rng(k).permutation(len(rows)) % min(FOLDS, len(rows))
-    return folds
-
-
-def cross_validate(features: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """Routing accuracy of the discriminant on held-out folds, averaged over tasks."""
-    return _accuracy(cross_validated_posterior(features, labels), labels)
-
-
-def _accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    return macro_average(scores.argmax(axis=1) == labels, labels)
-
-
 def _residual_statistics(artifact: Artifact, features: Mapping[Tap, Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each task's residual at each tap: [L, T] each."""
     rows = [
         projection_residuals(
             features[tap],
-            [orthonormal_rows(bases[tap.parameter]).double() for bases in artifact.router_bases],
+            [bases[tap.parameter].double() for bases in artifact.routing_bases],
             artifact.info.router.norm,
         )
         for tap in artifact.info.taps()

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mass_export.artifact import Artifact
-from mass_export.calibration import calibrate_pool, calibrate_task_images, synthetic_images
+from mass_export.calibration import calibrate_pool, calibrate_task_images
 from mass_export.errors import DataError
 from mass_export.image_pool import load_pool
 from mass_export.progress import Progress
+from mass_export.synthetic_images import synthetic_images
 
 
 def calibrate_from_files(

@@ -17,7 +17,7 @@ from mass_export.artifact import Artifact
 from mass_export.graph import Graph
 from mass_export.head_evidence import evidence_scales
 from mass_export.router_spec import Norm, Tap
-from mass_export.routing import COVARIANCE_RIDGE, UNKNOWN_RESIDUAL_WEIGHT, orthonormal_rows
+from mass_export.routing import COVARIANCE_RIDGE, UNKNOWN_RESIDUAL_WEIGHT
 from mass_export.second_pass import add_heads
 from mass_export.vit_graph import (
     Layers,
@@ -46,9 +46,9 @@ def add_first_pass(
     """
     graph, info, router = layers.graph, artifact.info, artifact.info.router
     features, last = _features(layers, artifact, pixel_values, whole=bool(router.evidence))
-    score, share, evidence, unknown = None, None, None, None
+    score, last_residuals, evidence, unknown = None, None, None, None
     if info.calibration is None or info.calibration.residual_weight:
-        score, share = _residual_score(graph, artifact, features)
+        score, last_residuals = _residual_score(graph, artifact, features)
     if info.calibration is not None and info.calibration.discriminant:
         parts = [features[tap] for tap in info.calibration.discriminant]
         z = graph.op("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
@@ -63,8 +63,8 @@ def add_first_pass(
         score = graph.op("Sub", score, graph.op("Mul", lead, graph.scalar(router.evidence)))
     if info.calibration is not None and info.calibration.unknown is not None:
         unknown = _whitened_distance(graph, artifact, features[info.calibration.unknown])
-    elif share is not None:
-        unknown = share
+    elif last_residuals is not None:
+        unknown = share = _least_share(graph, features[info.taps()[-1]], last_residuals, router.norm)
         if evidence is not None:
             best = graph.op("ReduceMax", evidence, graph.integers(-1), keepdims=0)
             unknown = graph.op("Sub", graph.op("Mul", share, graph.scalar(UNKNOWN_RESIDUAL_WEIGHT)), best)
@@ -74,11 +74,11 @@ def add_first_pass(
 def _residual_score(
     graph: Graph, artifact: Artifact, features: dict[Tap, ir.Value]
 ) -> tuple[ir.Value, ir.Value]:
-    """Residuals of all taps, calibrated, standardised and averaged [B, T]; smallest share of the last feature [B]."""
+    """Residuals of all taps, calibrated, standardised and averaged, and the plain ones of the last tap: [B, T] each"""
     info, calibration = artifact.info, artifact.calibration
     by_tap, last = [], None
     for index, tap in enumerate(info.taps()):
-        bases = stack_bases([orthonormal_rows(task[tap.parameter]) for task in artifact.router_bases])
+        bases = stack_bases([task[tap.parameter] for task in artifact.routing_bases])
         r = residuals(graph, features[tap], bases, info.router.norm, f"router.{tap.parameter}")
         last = r
         if calibration is not None:
@@ -93,7 +93,7 @@ def _residual_score(
     share = 1 / len(by_tap) * (info.calibration.residual_weight if info.calibration is not None else 1.0)
     score = graph.op("Mul", score, graph.scalar(share)) if share != 1 else score
     assert last is not None
-    return score, _least_share(graph, features[info.taps()[-1]], last, info.router.norm)
+    return score, last
 
 
 def _least_share(graph: Graph, z: ir.Value, r: ir.Value, norm: Norm) -> ir.Value:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mass_export.eigenvectors import GRAM_FROM, leading_right_vectors
 
+# Rows of a basis may be off by this much, as float32 leaves them; 16 bits leave 1e-3.
+ORTHONORMAL_TOLERANCE = 1e-5
+
 NUMERICAL_RANK_CUTOFF = 1e-10
 
 
@@ -82,6 +85,26 @@ def factorize_product(left: Tensor, right: Tensor, rank: int) -> LowRank:
     q_right, r_right = torch.linalg.qr(right.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     return _normalized((q_left @ u)[:, :rank], s[:rank], (vh @ q_right.T)[:rank], left.dtype)
+
+
+def orthonormal_rows(vh: Tensor) -> Tensor:
+    """The nearest basis with orthonormal rows (the polar factor); one of float32 accuracy is returned as it is.
+
+    Bases that were stored in fewer bits are rounded. `residual^2 = ||z||^2 - ||vh z||^2` holds for orthonormal rows
+    alone, so that without this the graphs would differ from `mass_export.routing.projection_residuals`.
+
+    Args:
+        vh: rows of unit length, or zero where a rank is not used. [R, D]
+    """
+    used = vh.norm(dim=1) > 0.5
+    rows = vh[used].double()
+    off = rows @ rows.T - torch.eye(len(rows), dtype=torch.float64)
+    if not len(rows) or float(off.abs().max()) <= ORTHONORMAL_TOLERANCE:
+        return vh
+    p, _, qh = torch.linalg.svd(rows, full_matrices=False)
+    basis = vh.clone()
+    basis[used] = (p @ qh).to(vh.dtype)
+    return basis
 
 
 def _by_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,6 @@ from mass_export.routing import (
     combine_taps,
     head_evidence,
     log_posterior,
-    orthonormal_rows,
     projection_residuals,
     routing_feature,
     standardize_over_tasks,
@@ -51,10 +50,7 @@ class MassModel:
         self.artifact = artifact
         self.dtype = dtype
         self._first_pass = {name: p.to(dtype) for name, p in (artifact.merged or artifact.base).items()}
-        self._bases = [
-            {name: orthonormal_rows(vh).to(dtype) for name, vh in bases.items()}
-            for bases in artifact.router_bases
-        ]
+        self._bases = [{name: vh.to(dtype) for name, vh in bases.items()} for bases in artifact.routing_bases]
         self._calibration = _cast(artifact.calibration, dtype)
         self._head_weight = torch.cat([head.weight for head in artifact.heads]).to(dtype)
         self._head_bias = torch.from_numpy(head_biases(artifact.heads)).to(dtype)

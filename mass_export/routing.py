@@ -18,33 +18,11 @@ from runtime.routing import STD_EPSILON
 COVARIANCE_RIDGE = 1e-3
 # Weight of the relative residual, in [0, 1], against head evidence, which spans some 28 cosines.
 UNKNOWN_RESIDUAL_WEIGHT = 20.0
-# Rows of a basis may be off by this much, as float32 leaves them; 16 bits leave 1e-3.
-ORTHONORMAL_TOLERANCE = 1e-5
 
 
 def routing_feature(tokens: Tensor, token: Token) -> Tensor:
     """The CLS token or the mean of all tokens: [B, N, D] -> z [B, D]."""
     return tokens[:, 0] if token == "cls" else tokens.mean(dim=1)
-
-
-def orthonormal_rows(vh: Tensor) -> Tensor:
-    """The nearest basis with orthonormal rows (the polar factor); one of float32 accuracy is returned as it is.
-
-    Bases that were stored in fewer bits are rounded. `residual^2 = ||z||^2 - ||vh z||^2` holds for orthonormal rows
-    alone, so that without this the graphs would differ from `projection_residuals`.
-
-    Args:
-        vh: rows of unit length, or zero where a rank is not used. [R, D]
-    """
-    used = vh.norm(dim=1) > 0.5
-    rows = vh[used].double()
-    off = rows @ rows.T - torch.eye(len(rows), dtype=torch.float64)
-    if not len(rows) or float(off.abs().max()) <= ORTHONORMAL_TOLERANCE:
-        return vh
-    p, _, qh = torch.linalg.svd(rows, full_matrices=False)
-    basis = vh.clone()
-    basis[used] = (p @ qh).to(vh.dtype)
-    return basis
 
 
 def projection_residuals(z: Tensor, bases: Sequence[Tensor], norm: Norm) -> Tensor:

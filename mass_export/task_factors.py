@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mass_export.artifact import TaskFactors
-from mass_export.checkpoints import load_checkpoint, open_parameters
+from mass_export.checkpoints import open_parameters
 from mass_export.lora import Product, adapted_tower, load_adapter
 from mass_export.low_rank import LowRank, factorize, factorize_product
 from mass_export.parallel import parallel_map
@@ -45,13 +45,17 @@ def load_task_tower(task: TaskRecipe, recipe: Recipe, base: Mapping[str, Tensor]
     """The fine-tuned tower of a task, float32; for an adapter the base with the adapter in it."""
     if task.is_adapter:
         return adapted_tower(load_adapter(task.checkpoint, recipe.vision), base)
-    return load_checkpoint(task.checkpoint, recipe.vision, allow_pickle=recipe.allow_pickle, base=base)
+    return dict(_open_tower(task, recipe, base))
+
+
+def _open_tower(task: TaskRecipe, recipe: Recipe, base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return open_parameters(task.checkpoint, recipe.vision, allow_pickle=recipe.allow_pickle, base=base)
 
 
 def open_task_vector(task: TaskRecipe, recipe: Recipe, base: Mapping[str, Tensor]) -> TaskVector:
     """Load a task's checkpoint or adapter."""
     if not task.is_adapter:
-        tower = open_parameters(task.checkpoint, recipe.vision, allow_pickle=recipe.allow_pickle, base=base)
+        tower = _open_tower(task, recipe, base)
         return TaskVector(lambda name: tower[name].double().sub_(base[name]))
     products = load_adapter(task.checkpoint, recipe.vision)
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from mass_export.artifact import Artifact
 from mass_export.baselines import evaluate_baselines
-from mass_export.calibration import calibrate_pool, calibrate_task_images, synthetic_images
+from mass_export.calibration import calibrate_pool, calibrate_task_images
 from mass_export.datasets import load_labelled_images
 from mass_export.head_evidence import judge_heads
 from mass_export.heads import Head
@@ -35,6 +35,7 @@ from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.recipe import Recipe, load_recipe
 from mass_export.router_spec import RouterSettings, default_router
+from mass_export.synthetic_images import synthetic_images
 from runtime.bundle import TaskSpec
 from runtime.routing import answer
 from runtime.verification import verify_routes

@@ -26,11 +26,11 @@ from mass_export.merge import merge
 from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
+from mass_export.suite import IMAGES_PER_TASK, POOL_IMAGES
+from mass_export.synthetic_images import gradient
 
 KNOWN_IMAGES = 200  # of each task, at most
 STRANGE_IMAGES = 200
-POOL_IMAGES = 300
-IMAGES_PER_TASK = 40
 CONTRAST = 0.05
 QUIET = Progress(quiet=True)
 LEVELS = ("nothing", "nothing, heads not used", "300 images", "40 images a task")
@@ -51,16 +51,13 @@ def strange_images(pixel_values: NDArray[np.float32], artifact: Artifact) -> dic
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (spec.mean, spec.std))
     pictures = pixel_values[rng.permutation(len(pixel_values))[:n]] * std + mean
     deviation = pictures - pictures.mean(axis=(1, 2, 3), keepdims=True)
-    down, across = np.linspace(0, 1, H)[:, None], np.linspace(0, 1, W)[None, :]
     corners = 0.5 + 0.3 * (rng.random((n, 3, 1, 1)) - 0.5) + 0.1 * (rng.random((n, 3, 2, 2)) - 0.5)
-    top = corners[:, :, :1, :1] * (1 - across) + corners[:, :, :1, 1:] * across
-    bottom = corners[:, :, 1:, :1] * (1 - across) + corners[:, :, 1:, 1:] * across
     made = {
         "noise": rng.random((n, 3, H, W)),
         "blank, coloured": np.broadcast_to(rng.random((n, 3, 1, 1)), (n, 3, H, W)),
         "blank, grey": np.broadcast_to(rng.random((n, 1, 1, 1)), (n, 3, H, W)),
         "low contrast": 0.5 + CONTRAST * deviation,
-        "smooth": top * (1 - down) + bottom * down,
+        "smooth": gradient(corners, H, W),
     }
     return {name: ((np.clip(x, 0, 1) - mean) / std).astype(np.float32) for name, x in made.items()}
 

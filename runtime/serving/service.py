@@ -116,17 +116,4 @@ def run_isolated(engine: Engine, batch: Sequence[Work]) -> list[list[Prediction]
 
 def answer_from_prediction(name: str, found: Prediction) -> dict[str, Any]:
     """One element of the JSON list that `python -m runtime --json` prints."""
-    alternatives = [
-        {"task": task, "label": label, "score": score} for task, label, score in found.alternatives
-    ]
-    return {
-        "image": name,
-        "task": found.task,
-        "label": found.label,
-        "score": found.score,
-        "alternatives": alternatives,
-        "gates": found.gates,
-        "residuals": found.residuals,
-        "unknown": found.unknown,
-        "is_unknown": found.is_unknown,
-    }
+    return {"image": name, **found.to_dict()}

@@ -10,13 +10,12 @@ from safetensors.torch import load_file
 from mass_export.artifact import read_artifact, write_artifact
 from mass_export.errors import ArtifactError, RecipeError
 from mass_export.factor_storage import Storage, decode, encode, storage_of
-from mass_export.low_rank import factorize
+from mass_export.low_rank import factorize, orthonormal_rows
 from mass_export.merge import merge
 from mass_export.model import MassModel
 from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
-from mass_export.routing import orthonormal_rows
 from mass_export.verify import sample_images
 from runtime.classifier import Classifier
 

@@ -11,14 +11,8 @@ import pytest
 import torch
 
 from mass_export.artifact import Artifact, read_artifact, write_artifact
-from mass_export.calibration import (
-    calibrate_pool,
-    calibrate_task_images,
-    cross_validate,
-    fit_discriminant,
-    synthetic_images,
-    tap_features,
-)
+from mass_export.calibration import calibrate_pool, calibrate_task_images, tap_features
+from mass_export.discriminant import cross_validate, fit_discriminant
 from mass_export.errors import DataError
 from mass_export.merge import merge
 from mass_export.model import MassModel
@@ -26,6 +20,7 @@ from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
 from mass_export.router_spec import Tap
+from mass_export.synthetic_images import synthetic_images
 from mass_export.vit import encode
 from runtime.classifier import Classifier
 
@@ -320,3 +315,14 @@ def test_where_some_tasks_have_no_images_their_likeness_is_not_judged(artifact: 
     images = torch.from_numpy(task_images()["task2"])
     before, after = (MassModel(a).first_pass(images)[1] for a in (artifact, calibrated))
     torch.testing.assert_close(before, after)
+
+
+def test_a_pool_of_which_each_task_gets_one_image_gives_no_verdict(artifact: Artifact) -> None:
+    images = np.concatenate([images_of(task, 12) for task in range(3)])
+    scaled = calibrate_pool(artifact, images[[0, -1]], pseudo_labels=False, progress=QUIET)
+    answers = MassModel(scaled).residuals(torch.from_numpy(images[[0, -1]])).argmin(dim=1)
+    assert len(set(answers.tolist())) == 2  # else this tests nothing
+    calibrated = calibrate_pool(artifact, images[[0, -1]], progress=QUIET)
+    assert calibrated.info.calibration.unknown is None
+    assert calibrated.info.calibration.discriminant == ()
+    assert MassModel(calibrated).first_pass(torch.from_numpy(images))[1] is not None

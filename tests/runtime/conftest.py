@@ -270,3 +270,9 @@ def edit_manifest(own_bundle) -> Callable[[Callable[[dict], None]], Path]:
         return own_bundle
 
     return edit
+
+
+@pytest.fixture
+def prediction_keys():
+    """What a prediction holds as JSON."""
+    return {"task", "label", "score", "alternatives", "gates", "residuals", "unknown", "is_unknown"}
