@@ -53,13 +53,10 @@ def convert_bundle_int8(
             kept = PRECISE_ROUTER if precise_router and name == FIRST_PASS else ()
             passes[name] = _convert_pass(source / spec.file, spec, target, weights, stored, conv1, kept)
         if one_task is not None:
-            model = ir.load(source / one_task.file)
-            conversion = Int8Conversion(model.graph)
-            conversion.run()
-            conversion.widen_inputs(("left.", "right.", "conv1"))
-            if conv1 is not None:
-                conversion.scale_product_of("conv1", "conv1_scale", conv1.scale.shape[1])
-            save_int8(model, target / one_task.file, weights)
+            if precise_router:  # then the first pass shares no weights
+                one_task = dataclasses.replace(one_task, router=None)
+            for file in one_task.files:
+                _convert_part(source / file, target / file, weights, conv1)
             one_task = dataclasses.replace(one_task, tables=tables)
         matrices = tuple(bases.store(weights) for bases in stored.values())
     files = {p.name: FileSpec(p.stat().st_size, sha256_of_file(p)) for p in sorted(target.iterdir())}
@@ -106,6 +103,17 @@ class _Convolutions:
 
     def store(self, weights: WeightsFile) -> VectorTables:
         return VectorTables(weights.add(self._vectors), weights.add(self.steps), weights.add(self.scale))
+
+
+def _convert_part(source: Path, target: Path, weights: WeightsFile, conv1: _Convolutions | None) -> None:
+    """A graph of `mass_export.one_task`."""
+    model = ir.load(source)
+    conversion = Int8Conversion(model.graph)
+    conversion.run()
+    conversion.widen_inputs(("left.", "right.", "conv1"))
+    if conv1 is not None:
+        conversion.scale_product_of("conv1", "conv1_scale", conv1.scale.shape[1])
+    save_int8(model, target, weights)
 
 
 def _convert_pass(

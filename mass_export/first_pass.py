@@ -22,13 +22,15 @@ from mass_export.second_pass import add_heads
 from mass_export.vit_graph import (
     Layers,
     attention_residual,
-    block,
     cls_attention_residual,
     cls_row,
     embed,
+    mlp_residual,
     pool,
 )
 from runtime.routing import STD_EPSILON
+
+Features = dict[Tap, ir.Value]
 
 
 def add_first_pass(
@@ -42,10 +44,62 @@ def add_first_pass(
         pixel_values: normalised images. [B, 3, H, W]
 
     Returns:
+        as `add_router`
+    """
+    features, stream = add_blocks(layers, artifact, pixel_values)
+    return add_router(layers, artifact, features, stream)
+
+
+def blocks_before_router(artifact: Artifact) -> int:
+    """Blocks of the first pass that are run to their end: all, or those before the block of the last tap."""
+    depth = artifact.info.vision.layers
+    return depth if artifact.info.router.evidence else max(artifact.info.read_taps()).layer
+
+
+def add_blocks(layers: Layers, artifact: Artifact, pixel_values: ir.Value) -> tuple[Features, ir.Value]:
+    """Add the first `blocks_before_router` blocks.
+
+    Args:
+        layers: parameters.
+        artifact: router settings.
+        pixel_values: normalised images. [B, 3, H, W]
+
+    Returns:
+        routing features z [B, D] of the taps in these blocks; the residual stream behind them [B, N, D], or that of the
+        CLS token [B, 1, D] if it has come to its end and nothing else is read
+    """
+    taps, token, depth = artifact.info.read_taps(), artifact.info.router.token, layers.spec.layers
+    features: Features = {}
+    x, rows = embed(layers, pixel_values), layers.spec.tokens
+    for index in range(blocks_before_router(artifact)):
+        if Tap(index, "attn") in taps:
+            features[Tap(index, "attn")] = _read(layers, f"transformer.resblocks.{index}.ln_1", x, token)
+        if index == depth - 1 and token == "cls":
+            x, rows = cls_attention_residual(layers, index, x), 1
+        else:
+            x = attention_residual(layers, index, x)
+        if Tap(index, "mlp") in taps:
+            features[Tap(index, "mlp")] = _read(layers, f"transformer.resblocks.{index}.ln_2", x, token)
+        x = mlp_residual(layers, index, x, rows)
+    return features, x
+
+
+def add_router(
+    layers: Layers, artifact: Artifact, features: Features, stream: ir.Value
+) -> tuple[ir.Value, ir.Value | None]:
+    """Add the last tap's block, as far as it is read, and what becomes of the features.
+
+    Args:
+        layers: first-pass parameters.
+        artifact: router settings, bases and heads.
+        features: of `add_blocks`.
+        stream: of `add_blocks`.
+
+    Returns:
         residuals [B, T]; unknown [B] or None, see `mass_export.routing.unknown_score` and `whitened_distance`
     """
     graph, info, router = layers.graph, artifact.info, artifact.info.router
-    features, last = _features(layers, artifact, pixel_values, whole=bool(router.evidence))
+    features = features | _last_features(layers, artifact, stream)
     score, last_residuals, evidence, unknown = None, None, None, None
     if info.calibration is None or info.calibration.residual_weight:
         score, last_residuals = _residual_score(graph, artifact, features)
@@ -58,7 +112,7 @@ def add_first_pass(
     assert score is not None
     if router.evidence:
         assert router.evidence != "auto"
-        evidence = _head_evidence(layers, artifact, last)
+        evidence = _head_evidence(layers, artifact, stream)
         lead = standardize_over_tasks(graph, evidence, len(artifact.tasks))
         score = graph.op("Sub", score, graph.op("Mul", lead, graph.scalar(router.evidence)))
     if info.calibration is not None and info.calibration.unknown is not None:
@@ -133,29 +187,17 @@ def _log_posterior(graph: Graph, artifact: Artifact, z: ir.Value) -> ir.Value:
     return graph.op("LogSoftmax", logits, axis=-1)
 
 
-def _features(
-    layers: Layers, artifact: Artifact, pixel_values: ir.Value, *, whole: bool
-) -> tuple[dict[Tap, ir.Value], ir.Value]:
-    """Routing features z [B, D] by tap, and the last residual stream (all of the tower's with `whole`)."""
-    token, taps = artifact.info.router.token, artifact.info.read_taps()
-    features: dict[Tap, ir.Value] = {}
-    x = embed(layers, pixel_values)
-    depth = layers.spec.layers if whole else max(taps).layer
-    for index in range(depth):
-        if Tap(index, "attn") in taps:
-            features[Tap(index, "attn")] = _read(layers, f"transformer.resblocks.{index}.ln_1", x, token)
-        if Tap(index, "mlp") in taps:
-            after = attention_residual(layers, index, x)
-            features[Tap(index, "mlp")] = _read(layers, f"transformer.resblocks.{index}.ln_2", after, token)
-        x = block(layers, index, x)
-    if not whole:
-        if Tap(depth, "attn") in taps:
-            features[Tap(depth, "attn")] = _read(layers, f"transformer.resblocks.{depth}.ln_1", x, token)
-        if Tap(depth, "mlp") in taps:
-            attend = cls_attention_residual if token == "cls" else attention_residual
-            x = attend(layers, depth, x)
-            features[Tap(depth, "mlp")] = _read(layers, f"transformer.resblocks.{depth}.ln_2", x, token)
-    return features, x
+def _last_features(layers: Layers, artifact: Artifact, x: ir.Value) -> Features:
+    """Features of the block behind `add_blocks`."""
+    taps, token, index = artifact.info.read_taps(), artifact.info.router.token, blocks_before_router(artifact)
+    features: Features = {}
+    if Tap(index, "attn") in taps:
+        features[Tap(index, "attn")] = _read(layers, f"transformer.resblocks.{index}.ln_1", x, token)
+    if Tap(index, "mlp") in taps:
+        attend = cls_attention_residual if token == "cls" else attention_residual
+        after = attend(layers, index, x)
+        features[Tap(index, "mlp")] = _read(layers, f"transformer.resblocks.{index}.ln_2", after, token)
+    return features
 
 
 def _read(layers: Layers, norm: str, x: ir.Value, token: str) -> ir.Value:

@@ -112,7 +112,13 @@ def write_bundle(artifact: Artifact, artifact_path: Path, directory: Path, progr
         }
         tables = None
         if artifact.info.merge.vectors == "mean":
-            tables = store_vectors(weights, artifact.info.vision, artifact.base, artifact.tasks)
+            tables = store_vectors(
+                weights,
+                artifact.info.vision,
+                artifact.base,
+                artifact.tasks,
+                with_base=not artifact.merged,
+            )
         second = _write_second_pass(artifact, weights, directory, bases, tables)
         one_task = write_one_task(artifact, weights, directory, bases, tables)
     passes = {FIRST_PASS: first, SECOND_PASS: second}

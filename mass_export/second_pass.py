@@ -55,19 +55,34 @@ def vector_sizes(spec: VisionSpec) -> dict[str, int]:
 
 
 def store_vectors(
-    weights: WeightsFile, spec: VisionSpec, base: Mapping[str, Tensor], tasks: Sequence[TaskFactors]
+    weights: WeightsFile,
+    spec: VisionSpec,
+    base: Mapping[str, Tensor],
+    tasks: Sequence[TaskFactors],
+    *,
+    with_base: bool,
 ) -> VectorTables:
     """The vector parameters of every task's own model, base and delta added up, into the weights file.
 
     The weights of a set add up to one, so the mean of these is the base plus the mean delta.
+
+    Args:
+        weights: where to.
+        spec: of the tower.
+        base: its parameters.
+        tasks: whose models.
+        with_base: a last row with the base's own.
     """
 
-    def value(task: TaskFactors, name: str) -> NDArray[np.float32]:
+    def value(task: TaskFactors | None, name: str) -> NDArray[np.float32]:
+        if task is None:
+            return base[name].float().numpy()
         return (base[name].double() + task.vectors[name].double()).float().numpy()
 
-    rows = [np.concatenate([value(task, name) for name in vector_sizes(spec)]) for task in tasks]
+    models = [*tasks, None] if with_base else [*tasks]
+    rows = [np.concatenate([value(model, name) for name in vector_sizes(spec)]) for model in models]
     name = "conv1.weight"
-    conv1 = [value(task, name).reshape(spec.width, -1).T for task in tasks]  # [3*P*P, D] each
+    conv1 = [value(model, name).reshape(spec.width, -1).T for model in models]  # [3*P*P, D] each
     return VectorTables(weights.add(np.stack(rows)), weights.add(np.stack(conv1)))
 
 

@@ -140,12 +140,18 @@ def mlp_residual(layers: Layers, index: int, x: ir.Value, rows: int) -> ir.Value
 
 def encode(layers: Layers, pixel_values: ir.Value) -> ir.Value:
     """The L2-normalised image feature: [B, 3, H, W] -> [B, E]. The last block runs for CLS alone."""
-    spec = layers.spec
-    x = embed(layers, pixel_values)
-    for index in range(spec.layers - 1):
+    return encode_rest(layers, 0, embed(layers, pixel_values))
+
+
+def encode_rest(layers: Layers, start: int, x: ir.Value) -> ir.Value:
+    """`encode` from block `start` on; with no block left x may be of the CLS token alone: [B, N or 1, D] -> [B, E]."""
+    last = layers.spec.layers - 1
+    if start > last:
+        return pool(layers, cls_row(layers, x))
+    for index in range(start, last):
         x = block(layers, index, x)
-    x = cls_attention_residual(layers, spec.layers - 1, x)
-    return pool(layers, mlp_residual(layers, spec.layers - 1, x, 1))
+    x = cls_attention_residual(layers, last, x)
+    return pool(layers, mlp_residual(layers, last, x, 1))
 
 
 def pool(layers: Layers, cls: ir.Value) -> ir.Value:

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from pathlib import Path
 
-from runtime.bundle import FIRST_PASS, SECOND_PASS, Manifest, OneTaskSpec
+from runtime.bundle import FIRST_PASS, SECOND_PASS, Manifest
 from runtime.cuda_device import compute_capability
 from runtime.cuda_memory import CudaMemory
 from runtime.engine_cache import cache_directory, cached_engines
@@ -191,19 +191,12 @@ def _open_engines(
     return opened[0], opened[1]
 
 
-def open_one_task(directory: Path, spec: OneTaskSpec, num_threads: int | None) -> Session:
-    """Load the one-task graph on the CPU.
-
-    Raises:
-        BackendError: ONNX Runtime refuses it.
-    """
-    return OnnxSession(directory / spec.file, "cpu", num_threads)
-
-
 def _open_both(
     directory: Path, manifest: Manifest, provider: OnnxProvider, num_threads: int | None
 ) -> tuple[Session, Session]:
     first, second = (directory / manifest.passes[name].file for name in (FIRST_PASS, SECOND_PASS))
     if provider == "cpu" and manifest.one_task is not None:  # then only sets of several tasks need the second
-        return OnnxSession(first, provider, num_threads), LazySession(second, num_threads)
+        routed = manifest.one_task.router is not None  # and nothing the first
+        opened = LazySession(first, num_threads) if routed else OnnxSession(first, provider, num_threads)
+        return opened, LazySession(second, num_threads)
     return OnnxSession(first, provider, num_threads), OnnxSession(second, provider, num_threads)

@@ -13,7 +13,9 @@ import hashlib
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
@@ -118,6 +120,8 @@ class VectorTables:
         vectors: all 1-D parameters, concatenated in the order of the second pass. [T, P]
         conv1: the patch convolution as a product's right side. [T, 3*P*P, D]
         conv1_scale: of an int8 conv1, what each output is multiplied with; else absent. [T, D]
+
+    Where `OneTaskSpec.rest` is given there is one row more, the base's own.
     """
 
     vectors: StoredArray
@@ -127,16 +131,36 @@ class VectorTables:
 
 @dataclass(frozen=True)
 class OneTaskSpec:
-    """The second pass for images of one task, as a CPU wants it: what the task changes comes as inputs.
+    """Both passes for images of one task, as a CPU wants them: what the task changes comes as inputs.
 
     All are float32, as they lie in the files: nothing is gathered or copied. Beside `pixel_values`:
         right.<name>, scale.<name>, left.<name>: vh, s and u_t of each of `matrices`. [R, D_in], [R], [R, D_out]
         vectors, conv1: the task's rows of `tables`; absent with the base's parameters for all tasks. [P], [3*P*P, D]
     In an int8 bundle left, right and conv1 are int8; scale carries their rows' scales; conv1_scale [D] comes in, too.
+
+    Attributes:
+        file: pixel_values -> logits [B, sum C]. With `rest`: -> stream [B, N, D] (or [B, 1, D]) and features
+            z.<block>.<site> [B, D].
+        tables: rows of all tasks.
+        router: stream and features -> what the first pass puts out, if `file` ran with bases of rank 0 and the base's
+            rows of `tables`; absent where the first pass has other weights.
+        rest: stream -> logits; absent if `file` goes to the end.
     """
 
     file: str
     tables: VectorTables | None
+    router: str | None = None
+    rest: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All graphs."""
+        return tuple(name for name in (self.file, self.router, self.rest) if name is not None)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the tables have a row of the base."""
+        return self.rest is not None
 
 
 @dataclass(frozen=True)
@@ -290,9 +314,12 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
     for matrix in manifest.matrices:
         _check_matrix(matrix, manifest, where)
     if manifest.one_task is not None:
+        if manifest.one_task.router is not None and manifest.one_task.rest is None:
+            raise BundleError(f"{where}: one_task: a router needs a rest.")
         for key, array in _table_arrays(manifest.one_task).items():
             _check_array(array, manifest, f"{where}: one_task: {key}")
-            if len(array.shape) != (3 if key == "conv1" else 2) or array.shape[0] != len(manifest.tasks):
+            rows = len(manifest.tasks) + manifest.one_task.has_base
+            if len(array.shape) != (3 if key == "conv1" else 2) or array.shape[0] != rows:
                 raise BundleError(f"{where}: one_task: {key}: shape {list(array.shape)} does not fit.")
 
 
@@ -337,7 +364,7 @@ def _check_file_names(manifest: Manifest, where: str) -> None:
     used = {spec.file for spec in manifest.passes.values()} | {array.file for array in arrays}
     used |= {engine.file for engine in manifest.engines}
     if manifest.one_task is not None:
-        used.add(manifest.one_task.file)
+        used |= set(manifest.one_task.files)
         used |= {array.file for array in _table_arrays(manifest.one_task).values()}
     for name in sorted(used | set(manifest.files)):
         plain = PurePosixPath(name).name == name and name.isprintable()
@@ -479,6 +506,21 @@ def check_files(directory: Path, files: Mapping[str, FileSpec], verify: Verify =
             problems.append(f"{name} was changed (its sha256 differs from the manifest's)")
     if problems:
         raise BundleError(f"{directory}: {'; '.join(problems)}. Copy or export the bundle again.")
+
+
+@contextmanager
+def checked_meanwhile(directory: Path, files: Mapping[str, FileSpec], verify: Verify) -> Iterator[None]:
+    """Hash the files while the body loads them; their sizes are right already.
+
+    Raises:
+        BundleError: of `check_files`, rather than what the body makes of changed files.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(check_files, directory, files, verify)
+        try:
+            yield
+        finally:
+            checked.result()
 
 
 def map_array(directory: Path, array: StoredArray) -> NDArray[Any]:

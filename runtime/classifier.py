@@ -15,13 +15,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends import open_one_task, open_sessions
+from runtime.backends import open_sessions
 from runtime.bundle import (
     GateMode,
     HeadChoice,
     RouterSpec,
     Verify,
     check_files,
+    checked_meanwhile,
     read_manifest,
     router_fault,
 )
@@ -110,26 +111,26 @@ class Classifier:
             head_choice=head_choice,
             unknown_threshold=unknown_threshold,
         )
-        check_files(directory, self.manifest.files, verify)
+        check_files(directory, self.manifest.files, "size")
         self.tasks = tuple(task.name for task in self.manifest.tasks)
         self.classes = {task.name: task.classes for task in self.manifest.tasks}
         self._directory = directory
         matrices = self.manifest.matrices if self.manifest.compose == "tsvm" else ()
         self._cores = CoreCache(directory, matrices, core_cache_sets)
-        self._first, self._second = open_sessions(
-            directory,
-            dataclasses.replace(self.manifest, router=self.router),
-            provider,
-            num_threads,
-            core_cache_sets=core_cache_sets,
-            cuda_graphs=cuda_graphs,
-            build_engines=build_engines,
-            max_batch=batch_size,
-        )
         self._one_task = None
-        if self.manifest.one_task is not None and self._second.provider == "cpu":
-            session = open_one_task(directory, self.manifest.one_task, num_threads)
-            self._one_task = OneTaskPass(directory, self.manifest, self.manifest.one_task, session)
+        with checked_meanwhile(directory, self.manifest.files, verify):
+            self._first, self._second = open_sessions(
+                directory,
+                dataclasses.replace(self.manifest, router=self.router),
+                provider,
+                num_threads,
+                core_cache_sets=core_cache_sets,
+                cuda_graphs=cuda_graphs,
+                build_engines=build_engines,
+                max_batch=batch_size,
+            )
+            if self.manifest.one_task is not None and self._second.provider == "cpu":
+                self._one_task = OneTaskPass(directory, self.manifest, self.manifest.one_task, num_threads)
         limits = (session.max_batch for session in (self._first, self._second))
         self._batch_size = min([batch_size, *(limit for limit in limits if limit is not None)])
         self.provider = self._second.provider
@@ -232,7 +233,7 @@ class Classifier:
             order = np.broadcast_to([*allowed, *(i for i in range(shape[1]) if i not in allowed)], shape)
             selection = Selection(gates > 0, order)
         else:
-            found = self._first.run({"pixel_values": pixel_values})
+            found = self._first_pass(pixel_values)
             residuals = found["residuals"].astype(np.float32)
             _require_finite("residuals", residuals)
             if "unknown" in found:
@@ -256,6 +257,11 @@ class Classifier:
         return ForwardResult(
             residuals, gates, selection.selected, logits, task_index, class_index, verified, unknown
         )
+
+    def _first_pass(self, pixel_values: Any) -> dict[str, NDArray[Any]]:
+        if self._one_task is not None and self._one_task.routes:
+            return self._one_task.first_pass(pixel_values)
+        return self._first.run({"pixel_values": pixel_values})
 
     def _second_pass(
         self, pixel_values: Any, sets: Sequence[TaskSet], gates: NDArray[np.float32]

@@ -36,7 +36,7 @@ def engine_key(
 def graph_sha256(manifest: Manifest, pass_name: str) -> str:
     """Hash of a pass' ONNX file and of all weights of the bundle, from the manifest's hashes."""
     graphs = {spec.file for spec in manifest.passes.values()}
-    graphs |= {manifest.one_task.file} if manifest.one_task is not None else set()
+    graphs |= set(manifest.one_task.files) if manifest.one_task is not None else set()
     weights = set(manifest.files) - graphs - {engine.file for engine in manifest.engines}
     names = (manifest.passes[pass_name].file, *sorted(weights))
     lines = [f"{name} {manifest.files[name].sha256}\n" for name in names]

@@ -80,6 +80,9 @@ class OnnxSession:
     """A graph in ONNX Runtime; see `runtime.session.Session`.
 
     ONNX Runtime falls back to the CPU without an error when CUDA does not start. Here that is an error.
+
+    Attributes:
+        path: of the ONNX file.
     """
 
     def __init__(self, path: Path, provider: OnnxProvider = "cpu", num_threads: int | None = None) -> None:
@@ -130,6 +133,10 @@ class OnnxSession:
     def max_batch(self) -> int | None:
         """Any batch fits."""
         return None
+
+    def input_names(self) -> tuple[str, ...]:
+        """Of the open graph."""
+        return tuple(value.name for value in self._session.get_inputs())
 
     def stage(self, pixel_values: Any) -> Any:
         """On a GPU: copy the images there, for both passes. On the CPU they are where they should be."""
