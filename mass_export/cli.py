@@ -386,7 +386,13 @@ def bench(
 
     All calls take turns in one process; medians are shown with the 10th and 90th percentile.
     """
-    from mass_export.bench import BenchSettings, bench_bundle, bench_table, json_from_bench  # noqa: PLC0415
+    from mass_export.bench import (  # noqa: PLC0415
+        BenchSettings,
+        bench_bundle,
+        bench_table,
+        json_from_bench,
+        start_table,
+    )
     from mass_export.progress import Progress  # noqa: PLC0415
 
     settings = BenchSettings(batches=batches or (1, 8, 32), rounds=rounds, threads=threads, clock=clock)
@@ -394,7 +400,7 @@ def bench(
     if as_json:
         click.echo(json_from_bench(result), nl=False)
     else:
-        _print_tables(bench_table(result))
+        _print_tables(bench_table(result), start_table(result))
 
 
 @main.command(epilog=_example("mass choose-layer examples/zoo/core.yaml --data examples/zoo"))

@@ -7,6 +7,7 @@ import math
 import os
 import typing
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -177,7 +178,7 @@ class Classifier:
     def predict_iter(
         self, images: Iterable[ImageSource], tasks: Iterable[str] | None = None, top_k: int = 5
     ) -> Iterator[Prediction]:
-        """Like `predict`, but lazy: at most `batch_size` images are in memory."""
+        """Like `predict`, but lazy: one batch is decoded while the one before it is classified."""
         self._require_open()
         single = isinstance(images, str | os.PathLike) or (isinstance(images, np.ndarray) and images.ndim < 4)
         if single or not isinstance(images, Iterable):
@@ -190,14 +191,30 @@ class Classifier:
     def _predictions(
         self, images: Iterator[ImageSource], allowed: tuple[int, ...] | None, top_k: int
     ) -> Iterator[Prediction]:
-        done = 0
-        while batch := list(islice(images, self._batch_size)):
-            pixel_values = pixel_values_from_images(batch, self.manifest.preprocess, first_index=done)
-            result = self._forward(pixel_values, allowed)
-            yield from predictions_from_result(
-                result, self.manifest.tasks, top_k, self.router.unknown_threshold
-            )
-            done += len(batch)
+        with ThreadPoolExecutor(1, "mass-decode") as pool:
+            coming, done = self._decoded(pool, images, 0)
+            while coming is not None:
+                pixel_values = coming.result()
+                coming, done = self._decoded(pool, images, done)
+                result = self._forward(pixel_values, allowed)
+                yield from predictions_from_result(
+                    result, self.manifest.tasks, top_k, self.router.unknown_threshold
+                )
+
+    def _decoded(
+        self, pool: ThreadPoolExecutor, images: Iterator[ImageSource], done: int
+    ) -> tuple[Future[NDArray[np.float32]] | None, int]:
+        """The next batch in the making, None at the end, and how many images have been taken then."""
+        try:
+            batch = list(islice(images, self._batch_size))
+        except Exception as error:  # noqa: BLE001 - the caller's own; due when the batch before has been answered
+            failed: Future[NDArray[np.float32]] = Future()
+            failed.set_exception(error)
+            return failed, done
+        if not batch:
+            return None, done
+        coming = pool.submit(pixel_values_from_images, batch, self.manifest.preprocess, first_index=done)
+        return coming, done + len(batch)
 
     def forward(self, pixel_values: Any, tasks: Iterable[str] | None = None) -> ForwardResult:
         """Run the model on preprocessed images; a sample's result does not depend on its batch.

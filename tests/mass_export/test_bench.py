@@ -15,9 +15,11 @@ from mass_export.artifact import read_artifact
 from mass_export.bench import BenchSettings, interleave, two_passes
 from mass_export.bench_plain import write_plain_pass
 from mass_export.bench_reference import eager_things
+from mass_export.bench_start import bench_start
 from mass_export.cli import main
 from mass_export.errors import DataError
 from mass_export.model import MassModel
+from mass_export.progress import Progress
 from mass_export.vit import encode
 from runtime.classifier import Classifier
 from runtime.onnx_session import OnnxSession
@@ -117,3 +119,12 @@ def test_bench_shows_a_table(pico_bundle):
     done = CliRunner().invoke(main, ["bench", "--bundle", str(bundle), "--batch", "1", "--rounds", "1", "-q"])
     assert done.exit_code == 0, done.output
     assert "known_task" in done.stdout
+
+
+def test_opening_and_memory_are_measured_in_processes_of_their_own(pico_bundle, tmp_path):
+    _, _, bundle = pico_bundle(router={"layer": 1}, base_merge="zeroshot")
+    plain = write_plain_pass(bundle, tmp_path)
+    start = bench_start(bundle, plain, threads=1, rounds=1, progress=Progress(quiet=True))
+    assert min(start[kind]["open_s"] for kind in ("plain", "bundle")) > 0
+    stored = (bundle / "weights.bin").stat().st_size / 2**20
+    assert 0 < start["bundle"]["weights_mib"] < stored  # one image of three tasks

@@ -194,12 +194,24 @@ def test_predict_takes_any_iterable_and_batches_it_lazily(toy_bundle):
     with Classifier(toy_bundle(), "cpu", batch_size=3) as classifier:
         lazily = classifier.predict_iter(source())
         first = next(lazily)
-        assert taken == [0, 1, 2]
+        assert taken == [0, 1, 2, 3, 4, 5]  # one batch is being decoded
         rest = list(lazily)
         assert len(taken) == 7
         assert [first, *rest] == classifier.predict(images(7))
         assert classifier.predict(np.stack([images(1)[0]] * 2)) == classifier.predict(images(1) * 2)
         assert classifier.predict([]) == []
+
+
+def test_what_came_before_a_failing_source_is_answered(toy_bundle):
+    def source():
+        yield from images(4)
+        raise RuntimeError("the disk is gone")
+
+    with Classifier(toy_bundle(), "cpu", batch_size=2) as classifier:
+        lazily = classifier.predict_iter(source())
+        assert [next(lazily) for _ in range(4)] == classifier.predict(images(4))
+        with pytest.raises(RuntimeError, match="disk is gone"):
+            next(lazily)
 
 
 def test_an_unreadable_image_is_named_by_its_place_in_the_whole_input(toy_bundle, tmp_path):
