@@ -105,6 +105,8 @@ class OnnxSession:
             )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ONLY_ERRORS
+        # Both passes run in turn: a session whose threads went on spinning would take the next one's processors.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if not has_vnni():
             options.add_session_config_entry("session.x64quantprecision", "1")
         if num_threads is not None:
