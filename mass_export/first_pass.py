@@ -46,7 +46,7 @@ def add_first_pass(
     Returns:
         as `add_router`
     """
-    features, stream = add_blocks(layers, artifact, pixel_values)
+    features, stream = add_blocks(layers, artifact, embed(layers, pixel_values))
     return add_router(layers, artifact, features, stream)
 
 
@@ -56,13 +56,13 @@ def blocks_before_router(artifact: Artifact) -> int:
     return depth if artifact.info.router.evidence else max(artifact.info.read_taps()).layer
 
 
-def add_blocks(layers: Layers, artifact: Artifact, pixel_values: ir.Value) -> tuple[Features, ir.Value]:
+def add_blocks(layers: Layers, artifact: Artifact, x: ir.Value) -> tuple[Features, ir.Value]:
     """Add the first `blocks_before_router` blocks.
 
     Args:
         layers: parameters.
         artifact: router settings.
-        pixel_values: normalised images. [B, 3, H, W]
+        x: embedded images. [B, N, D]
 
     Returns:
         routing features z [B, D] of the taps in these blocks; the residual stream behind them [B, N, D], or that of the
@@ -70,7 +70,7 @@ def add_blocks(layers: Layers, artifact: Artifact, pixel_values: ir.Value) -> tu
     """
     taps, token, depth = artifact.info.read_taps(), artifact.info.router.token, layers.spec.layers
     features: Features = {}
-    x, rows = embed(layers, pixel_values), layers.spec.tokens
+    rows = layers.spec.tokens
     for index in range(blocks_before_router(artifact)):
         if Tap(index, "attn") in taps:
             features[Tap(index, "attn")] = _read(layers, f"transformer.resblocks.{index}.ln_1", x, token)

@@ -202,11 +202,13 @@ class Int8Conversion:
         self._drop_unread()
 
     def widen_inputs(self, prefixes: tuple[str, ...]) -> None:
-        """Take the graph inputs whose names begin so in int8."""
+        """Take the graph inputs whose names begin so in int8; widened are only the rows that are gathered."""
         for value in self._graph.inputs:
             if str(value.name).startswith(prefixes):
                 value.type = ir.TensorType(ir.DataType.INT8)
-                self._widen(value)
+                gathers = [node for node, _ in value.uses() if node.op_type == "Gather"]
+                for wide in [node.outputs[0] for node in gathers] or [value]:
+                    self._widen(wide)
 
     def scale_product_of(self, name: str, scale: str, width: int) -> None:
         """Multiply what the graph input `name` is multiplied with by a further input, one factor for each output."""

@@ -1,18 +1,17 @@
-"""Both passes for images of one task, shaped for CPUs: what the task changes comes as inputs of the graphs.
+"""Both passes for images that need one task each, shaped for CPUs: what the tasks change comes as inputs of the graphs.
 
-The graph of `mass_export.second_pass` gathers slices out of the stacked bases for every set. On a CPU that copy, the
-broadcasting over samples and the sums for every bias cost as much as a third of the low-rank products themselves.
-With one task for the whole batch
+A batch is S sets of m images, all images of a set with the same task (S = 1: the whole batch). The base's products run
+over the whole batch, since small products cost a CPU much more for each image; the low-rank branches run set by set. A
+single task needs no core (MASS.md section 4): `y = x W0^T + ((x VH^T) * s) U^T + b`.
 
-- bases, biases, LayerNorm parameters and the patch convolution are fed as they lie in the mapped weights file;
-- every linear layer is three Gemms in two dimensions, the last of which adds to the result of the first in place:
-  `y = x W0^T + b`, `h = (x VH^T) * s`, `y += h U^T`; a single task needs no core (MASS.md section 4).
+- Bases, biases and LayerNorm parameters of all tasks are fed as they lie in the mapped weights file; the graph gathers
+  the rows of the sets' tasks where it needs them, while they are in the cache.
+- The patch convolution, which each task has in full, is a graph of its own that runs set by set: it is not copied.
+- Where the first pass runs on the base it is the same computation with bases of rank zero. The tower is then cut where
+  the router has read enough: the blocks before run for both passes, then either the router or the blocks behind. So a
+  CPU holds the base's weights, which ONNX Runtime rearranges for itself, once.
 
-Where the first pass runs on the base it is the same computation with bases of rank zero. The tower is then cut where
-the router has read enough: the blocks before run for both passes, then either the router or the blocks behind. So a CPU
-holds the base's weights, which ONNX Runtime rearranges for itself, once.
-
-`runtime.second_pass` groups the images of a batch by task. Inputs are described at `runtime.bundle.OneTaskSpec`.
+`runtime.second_pass` divides a batch into sets. Inputs are described at `runtime.bundle.OneTaskSpec`.
 """
 
 from __future__ import annotations
@@ -29,52 +28,21 @@ from mass_export.artifact import Artifact
 from mass_export.first_pass import add_blocks, add_router, blocks_before_router
 from mass_export.graph import Graph
 from mass_export.router_spec import Tap
-from mass_export.second_pass import add_heads, add_second_pass, vector_sizes
+from mass_export.second_pass import add_heads, vector_sizes
 from mass_export.spec import VisionSpec
-from mass_export.vit_graph import Layers, bias_name, encode_rest
+from mass_export.vit_graph import Layers, bias_name, cut_patches, encode_rest, tokens
 from mass_export.weights_file import WeightsFile
 from runtime.bundle import MatrixBases, OneTaskSpec, VectorTables
 
-ONE_TASK, ONE_TASK_REST, ONE_TASK_ROUTER = "one_task", "one_task_rest", "one_task_router"
-STREAM = "stream"
+ONE_TASK = "one_task"
+PATCHES, STREAM, TASKS = "patches", "stream", "tasks"
 LEFT, RIGHT, SCALE = "left.", "right.", "scale."
 
 Outputs = dict[str, tuple[ir.Value, Sequence[int | str]]]
 
 
-class FlatLayers(Layers):
-    """Dense layers as Gemms in two dimensions, which take their bias along."""
-
-    def linear(self, name: str, x: ir.Value, rows: int, columns: slice | None = None) -> ir.Value:
-        """`x W^T + b`: [B, rows, D_in] -> [B, rows, D_out]."""
-        width = self.input_width(name)
-        flat = self.graph.op("Reshape", x, self.graph.integers(-1, width))
-        y = self.flat_linear(name, flat, columns)
-        start, stop = (0, self.output_width(name)) if columns is None else (columns.start, columns.stop)
-        return self.graph.op("Reshape", y, self.graph.integers(-1, rows, stop - start))
-
-    def flat_linear(self, name: str, x: ir.Value, columns: slice | None) -> ir.Value:
-        """The same without the axis of images: [B*rows, D_in] -> [B*rows, D_out]."""
-        weight, bias = self.transposed(name), self.bias(bias_name(name))
-        if columns is not None:
-            weight, bias = self.take(weight, columns, axis=1), self.take(bias, columns, axis=0)
-        return self.graph.op("Gemm", x, weight, bias)
-
-    def bias(self, name: str) -> ir.Value:
-        """A bias [D_out]."""
-        return self.parameter(name)
-
-    def input_width(self, name: str) -> int:
-        """D_in of a weight."""
-        return int(self._params[name].shape[1])
-
-    def output_width(self, name: str) -> int:
-        """D_out of a weight."""
-        return int(self._params[name].shape[0])
-
-
-class OneTaskLayers(FlatLayers):
-    """Layers with the base's weights and the low-rank branches of one task."""
+class OneTaskLayers(Layers):
+    """Layers with the base's weights and the low-rank branches of one task for each set of m images, B = S*m."""
 
     def __init__(
         self,
@@ -87,75 +55,96 @@ class OneTaskLayers(FlatLayers):
     ) -> None:
         super().__init__(graph, spec, base, "base.")
         self._bases = bases
-        self._own_vectors = own_vectors
         self._inputs: dict[str, ir.Value] = {}
+        self._shapes: dict[int, ir.Value] = {}
+        self._tasks = graph.input(TASKS, ir.DataType.INT64, ["S"])
+        self._sets = graph.op("Shape", self._tasks)
         self._vectors: dict[str, ir.Value] = {}
         if own_vectors:
             sizes = vector_sizes(spec)
-            parts = graph.split(self._input("vectors", sum(sizes.values())), list(sizes.values()), axis=0)
-            self._vectors = dict(zip(sizes, parts, strict=True))
+            rows = self._gathered("vectors", "T", sum(sizes.values()))
+            rows = graph.op("Unsqueeze", rows, graph.integers(1))
+            self._vectors = dict(zip(sizes, graph.split(rows, list(sizes.values()), axis=2), strict=True))
 
-    def _input(self, name: str, *shape: int | str) -> ir.Value:
-        """A graph input, declared when it is first needed."""
+    def linear(self, name: str, x: ir.Value, rows: int, columns: slice | None = None) -> ir.Value:
+        """`x W0^T + ((x VH^T) * s) U^T + b`."""
+        graph, width = self.graph, self._params[name].shape
+        weight, left, bias = self.transposed(name), self._left(name), self.parameter(bias_name(name))
+        start, stop = 0, int(width[0])
+        if columns is not None:
+            start, stop = columns.start, columns.stop
+            weight, left = self.take(weight, columns, axis=1), self.take(left, columns, axis=2)
+            bias = self.take(bias, columns, axis=-1)
+        y = self._by_set(graph.op("MatMul", x, weight), stop - start)
+        h = graph.op("MatMul", self._by_set(x, int(width[1])), self._transposed(self._right(name)))
+        delta = graph.op("MatMul", graph.op("Mul", h, self._scale(name)), left)
+        y = graph.op("Add", graph.op("Add", y, delta), bias)
+        return graph.op("Reshape", y, graph.integers(-1, rows, stop - start))
+
+    def parameter(self, name: str) -> ir.Value:
+        """The base's, or of the vector parameters each set's own. [S, 1, P]"""
+        return self._vectors[name] if name in self._vectors else super().parameter(name)
+
+    def layer_norm(self, name: str, x: ir.Value) -> ir.Value:
+        """With each set's scale and bias."""
+        if not self._vectors:
+            return super().layer_norm(name, x)
+        y = super().layer_norm(name, self._by_set(x, self.spec.width))
+        return self.graph.op("Reshape", y, self.graph.op("Shape", x))
+
+    def positions(self) -> ir.Value:
+        """Positions of each set's task, its class embedding in row 0. [S, N, D]"""
+        graph, name, spec = self.graph, "positional_embedding", self.spec
+        left = self._transposed(graph.op("Mul", self._left(name), self._transposed(self._scale(name))))
+        table = graph.op("MatMul", left, self._right(name))  # [S, N, D]
+        if not self._vectors:
+            return graph.op("Add", table, super().positions())
+        cls = graph.op(
+            "Pad", self._vectors["class_embedding"], graph.integers(0, 0, 0, 0, spec.tokens - 1, 0)
+        )
+        return graph.op("Add", graph.op("Add", table, super().parameter(name)), cls)
+
+    def with_positions(self, x: ir.Value) -> ir.Value:
+        """[B, N, D] -> [B, N, D]."""
+        graph, (N, D) = self.graph, (self.spec.tokens, self.spec.width)
+        shape = graph.op("Concat", self._sets, graph.integers(-1, N, D), axis=0)
+        table = graph.op("Unsqueeze", self.positions(), graph.integers(1))  # [S, 1, N, D]
+        return graph.op(
+            "Reshape", graph.op("Add", graph.op("Reshape", x, shape), table), graph.integers(-1, N, D)
+        )
+
+    def projection(self, pooled: ir.Value) -> ir.Value:
+        """`x proj + ((x U) * s) VH`: proj is applied from the right, so its factors swap sides."""
+        graph, name, E = self.graph, "proj", self.spec.embed_dim
+        h = graph.op("MatMul", self._by_set(pooled, self.spec.width), self._transposed(self._left(name)))
+        delta = graph.op("MatMul", graph.op("Mul", h, self._scale(name)), self._right(name))
+        y = graph.op("Add", self._by_set(super().projection(pooled), E), delta)
+        return graph.op("Reshape", y, graph.integers(-1, 1, E))
+
+    def _gathered(self, name: str, *shape: int | str) -> ir.Value:
+        """Rows of the sets' tasks out of a graph input [T, ..], which is declared when it is first needed."""
         if name not in self._inputs:
-            self._inputs[name] = self.graph.input(name, ir.DataType.FLOAT, shape)
+            stack = self.graph.input(name, ir.DataType.FLOAT, shape)
+            self._inputs[name] = self.graph.op("Gather", stack, self._tasks, axis=0)
         return self._inputs[name]
 
     def _left(self, name: str) -> ir.Value:
-        return self._input(f"{LEFT}{name}", f"R.{name}", self._bases[name].u_t.shape[2])
+        return self._gathered(f"{LEFT}{name}", "T", f"R.{name}", self._bases[name].u_t.shape[2])
 
     def _right(self, name: str) -> ir.Value:
-        return self._input(f"{RIGHT}{name}", f"R.{name}", self._bases[name].vh.shape[2])
+        return self._gathered(f"{RIGHT}{name}", "T", f"R.{name}", self._bases[name].vh.shape[2])
 
     def _scale(self, name: str) -> ir.Value:
-        return self._input(f"{SCALE}{name}", f"R.{name}")
+        return self._gathered(f"{SCALE}{name}", "T", 1, f"R.{name}")
 
-    def flat_linear(self, name: str, x: ir.Value, columns: slice | None) -> ir.Value:
-        """Base and low-rank branch, accumulated."""
-        graph, left = self.graph, self._left(name)
-        if columns is not None:
-            left = self.take(left, columns, axis=1)
-        y = super().flat_linear(name, x, columns)
-        h = graph.op("Mul", graph.op("Gemm", x, self._right(name), transB=1), self._scale(name))
-        return graph.op("Gemm", h, left, y)
+    def _transposed(self, value: ir.Value) -> ir.Value:
+        return self.graph.op("Transpose", value, perm=[0, 2, 1])
 
-    def bias(self, name: str) -> ir.Value:
-        """The task's."""
-        return self._vectors[name] if self._vectors else self.parameter(name)
-
-    def layer_norm(self, name: str, x: ir.Value) -> ir.Value:
-        """With the task's scale and bias."""
-        if not self._vectors:
-            return super().layer_norm(name, x)
-        scale, bias = self._vectors[f"{name}.weight"], self._vectors[f"{name}.bias"]
-        return self.graph.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=self.spec.layer_norm_eps)
-
-    def patch_weight(self) -> ir.Value:
-        """The task's conv1. [3*P*P, D]"""
-        if not self._own_vectors:
-            return super().patch_weight()
-        return self._input("conv1", 3 * self.spec.patch_size[0] * self.spec.patch_size[1], self.spec.width)
-
-    def positions(self) -> ir.Value:
-        """Positions of the task, its class embedding in row 0. [N, D]"""
-        graph, name = self.graph, "positional_embedding"
-        scaled = graph.op(
-            "Mul", self._left(name), graph.op("Unsqueeze", self._scale(name), graph.integers(1))
-        )
-        table = super().positions()
-        if self._own_vectors:
-            row = graph.op("Unsqueeze", self._vectors["class_embedding"], graph.integers(0))
-            cls = graph.op("Pad", row, graph.integers(0, 0, self.spec.tokens - 1, 0))
-            table = graph.op("Add", self.parameter(name), cls)
-        return graph.op("Gemm", scaled, self._right(name), table, transA=1)
-
-    def projection(self, pooled: ir.Value) -> ir.Value:
-        """`x proj + ((x U) * scale) VH`: proj is applied from the right, so its factors swap sides."""
-        graph, name = self.graph, "proj"
-        x = graph.op("Reshape", pooled, graph.integers(-1, self.spec.width))
-        h = graph.op("Mul", graph.op("Gemm", x, self._left(name), transB=1), self._scale(name))
-        y = graph.op("Gemm", h, self._right(name), graph.op("MatMul", x, self.parameter(name)))
-        return graph.op("Reshape", y, graph.integers(-1, 1, self.spec.embed_dim))
+    def _by_set(self, x: ir.Value, width: int) -> ir.Value:
+        """[B, rows, width] -> [S, m*rows, width]."""
+        if width not in self._shapes:
+            self._shapes[width] = self.graph.op("Concat", self._sets, self.graph.integers(-1, width), axis=0)
+        return self.graph.op("Reshape", x, self._shapes[width])
 
 
 @dataclass(frozen=True)
@@ -169,28 +158,41 @@ class _Writer:
     tables: VectorTables | None
 
     def layers(self, graph: Graph) -> OneTaskLayers:
-        """The layers of any task."""
+        """The layers of any tasks."""
         vision, own = self.artifact.info.vision, self.tables is not None
         return OneTaskLayers(graph, vision, self.artifact.base, self.bases, own_vectors=own)
 
-    def whole(self) -> OneTaskSpec:
-        """One graph for the second pass."""
+    def write(self) -> OneTaskSpec:
+        """The graphs of both passes, or of the second alone if the first has weights of its own."""
+        patches = self.patches()
         graph = Graph(ONE_TASK, self.weights)
-        images = self.images(graph)
-        return OneTaskSpec(
-            self.save(graph, self.logits(add_second_pass(self.layers(graph), self.artifact.heads, images))),
-            self.tables,
-        )
-
-    def in_parts(self) -> OneTaskSpec:
-        """The blocks before the router, the router, and the blocks behind."""
-        graph = Graph(ONE_TASK, self.weights)
-        features, stream = add_blocks(self.layers(graph), self.artifact, self.images(graph))
-        vision, rows = self.artifact.info.vision, self.rows()
-        parts: Outputs = {STREAM: (stream, ["B", rows, vision.width])}
+        vision, heads = self.artifact.info.vision, self.artifact.heads
+        projected = graph.input(PATCHES, ir.DataType.FLOAT, ["B", vision.tokens - 1, vision.width])
+        layers = self.layers(graph)
+        x = tokens(layers, projected)
+        if self.artifact.merged:
+            logits = add_heads(graph, encode_rest(layers, 0, x), heads)
+            return OneTaskSpec(self.save(graph, self.logits(logits)), patches, self.tables)
+        features, stream = add_blocks(layers, self.artifact, x)
+        parts: Outputs = {STREAM: (stream, ["B", self.rows(), vision.width])}
         parts |= {feature_name(tap): (z, ["B", vision.width]) for tap, z in features.items()}
-        first = self.save(graph, parts)
-        return OneTaskSpec(first, self.tables, self.router(features.keys()), self.rest())
+        blocks = self.save(graph, parts)
+        return OneTaskSpec(blocks, patches, self.tables, self.router(features.keys()), self.rest())
+
+    def patches(self) -> str:
+        """Pixel values, and each task's own convolution [3*P*P, D] -> projected patches."""
+        graph, vision = Graph(f"{ONE_TASK}_{PATCHES}", self.weights), self.artifact.info.vision
+        images = graph.input("pixel_values", ir.DataType.FLOAT, ["B", 3, *vision.image_size])
+        side = 3 * vision.patch_size[0] * vision.patch_size[1]
+        if self.tables is None:
+            conv1 = Layers(graph, vision, self.artifact.base, "base.").patch_weight()
+        else:
+            conv1 = graph.input("conv1", ir.DataType.FLOAT, [side, vision.width])
+        flat = graph.op("Reshape", cut_patches(graph, vision, images), graph.integers(-1, side))
+        projected = graph.op(
+            "Reshape", graph.op("MatMul", flat, conv1), graph.integers(-1, vision.tokens - 1, vision.width)
+        )
+        return self.save(graph, {PATCHES: (projected, ["B", vision.tokens - 1, vision.width])})
 
     def rows(self) -> int:
         """Tokens of the residual stream between the parts."""
@@ -200,12 +202,12 @@ class _Writer:
 
     def router(self, taps: Iterable[Tap]) -> str:
         """The stream and the features on the way -> residuals."""
-        graph, info = Graph(ONE_TASK_ROUTER, self.weights), self.artifact.info
+        graph, info = Graph(f"{ONE_TASK}_router", self.weights), self.artifact.info
         stream = self.stream(graph)
         given = {
             tap: graph.input(feature_name(tap), ir.DataType.FLOAT, ["B", info.vision.width]) for tap in taps
         }
-        layers = FlatLayers(graph, info.vision, self.artifact.base, "base.")
+        layers = Layers(graph, info.vision, self.artifact.base, "base.")
         residuals, unknown = add_router(layers, self.artifact, given, stream)
         outputs: Outputs = {"residuals": (residuals, ["B", len(info.tasks)])}
         if unknown is not None:
@@ -214,13 +216,10 @@ class _Writer:
 
     def rest(self) -> str:
         """The stream -> logits."""
-        graph = Graph(ONE_TASK_REST, self.weights)
+        graph = Graph(f"{ONE_TASK}_rest", self.weights)
         stream, start = self.stream(graph), blocks_before_router(self.artifact)
         feature = encode_rest(self.layers(graph), start, stream)
         return self.save(graph, self.logits(add_heads(graph, feature, self.artifact.heads)))
-
-    def images(self, graph: Graph) -> ir.Value:
-        return graph.input("pixel_values", ir.DataType.FLOAT, ["B", 3, *self.artifact.info.vision.image_size])
 
     def stream(self, graph: Graph) -> ir.Value:
         return graph.input(STREAM, ir.DataType.FLOAT, ["B", self.rows(), self.artifact.info.vision.width])
@@ -255,5 +254,4 @@ def write_one_task(
         bases: stored in the weights file.
         tables: stored there, too; with a first pass on the base its own row comes last.
     """
-    writer = _Writer(artifact, weights, directory, bases, tables)
-    return writer.whole() if artifact.merged else writer.in_parts()
+    return _Writer(artifact, weights, directory, bases, tables).write()

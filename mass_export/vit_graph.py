@@ -61,6 +61,10 @@ class Layers:
         table[0] += self._params["class_embedding"].float()
         return self.graph.weight(f"{self._prefix}positions", table.numpy())
 
+    def with_positions(self, x: ir.Value) -> ir.Value:
+        """[B, N, D] -> [B, N, D]."""
+        return self.graph.op("Add", x, self.positions())
+
     def projection(self, pooled: ir.Value) -> ir.Value:
         """`x proj`: [B, 1, D] -> [B, 1, E]."""
         return self.graph.op("MatMul", pooled, self.parameter("proj"))
@@ -91,7 +95,11 @@ def bias_name(weight_name: str) -> str:
 
 def embed(layers: Layers, pixel_values: ir.Value) -> ir.Value:
     """Patches as a matrix product, CLS row, positions, ln_pre: [B, 3, H, W] -> [B, N, D]."""
-    graph, spec = layers.graph, layers.spec
+    return tokens(layers, layers.patch_projection(cut_patches(layers.graph, layers.spec, pixel_values)))
+
+
+def cut_patches(graph: Graph, spec: VisionSpec, pixel_values: ir.Value) -> ir.Value:
+    """The pixels of each patch in a row: [B, 3, H, W] -> [B, N-1, 3*P*P]."""
     (high, wide), (ph, pw) = spec.grid, spec.patch_size
     x = pixel_values
     if (high * ph, wide * pw) != spec.image_size:  # a strided convolution ignores the rest, too
@@ -99,11 +107,15 @@ def embed(layers: Layers, pixel_values: ir.Value) -> ir.Value:
         x = graph.op("Slice", x, graph.integers(0, 0), ends, graph.integers(2, 3))
     x = graph.op("Reshape", x, graph.integers(-1, 3, high, ph, wide, pw))
     x = graph.op("Transpose", x, perm=[0, 2, 4, 1, 3, 5])
-    x = graph.op("Reshape", x, graph.integers(-1, high * wide, 3 * ph * pw))
-    x = layers.patch_projection(x)
-    x = graph.op("Pad", x, graph.integers(0, 1, 0, 0, 0, 0))  # a zero row where CLS goes
-    x = graph.op("Add", x, layers.positions())
-    return layers.layer_norm("ln_pre", x) if spec.ln_pre else x
+    return graph.op("Reshape", x, graph.integers(-1, high * wide, 3 * ph * pw))
+
+
+def tokens(layers: Layers, patches: ir.Value) -> ir.Value:
+    """CLS row, positions, ln_pre: projected patches [B, N-1, D] -> [B, N, D]."""
+    graph = layers.graph
+    x = graph.op("Pad", patches, graph.integers(0, 1, 0, 0, 0, 0))  # a zero row where CLS goes
+    x = layers.with_positions(x)
+    return layers.layer_norm("ln_pre", x) if layers.spec.ln_pre else x
 
 
 def block(layers: Layers, index: int, x: ir.Value) -> ir.Value:

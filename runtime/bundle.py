@@ -27,7 +27,7 @@ from runtime.engine_spec import EngineSpec, Precision
 from runtime.errors import BundleError
 
 FORMAT = "mass-bundle"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 FIRST_PASS = "first_pass"
 SECOND_PASS = "second_pass"
@@ -131,23 +131,28 @@ class VectorTables:
 
 @dataclass(frozen=True)
 class OneTaskSpec:
-    """Both passes for images of one task, as a CPU wants them: what the task changes comes as inputs.
+    """Both passes for images that need one task each, as a CPU wants them: what the tasks change comes as inputs.
 
-    All are float32, as they lie in the files: nothing is gathered or copied. Beside `pixel_values`:
-        right.<name>, scale.<name>, left.<name>: vh, s and u_t of each of `matrices`. [R, D_in], [R], [R, D_out]
-        vectors, conv1: the task's rows of `tables`; absent with the base's parameters for all tasks. [P], [3*P*P, D]
+    A batch is S sets of m images with the same task, B = S*m. Parameters are float32 as they lie in the files, of all
+    tasks; a graph takes those that it needs:
+        tasks: of each set. [S] int64
+        right.<name>, scale.<name>, left.<name>: vh, s and u_t of `matrices`. [T, R, D_in], [T, 1, R], [T, R, D_out]
+        vectors: of `tables`; absent with the base's parameters for all tasks. [T, P]
+        conv1: one task's row of `tables`. [3*P*P, D]
     In an int8 bundle left, right and conv1 are int8; scale carries their rows' scales; conv1_scale [D] comes in, too.
 
     Attributes:
-        file: pixel_values -> logits [B, sum C]. With `rest`: -> stream [B, N, D] (or [B, 1, D]) and features
+        file: tasks and patches -> logits [B, sum C]. With `rest`: -> stream [B, N, D] (or [B, 1, D]) and features
             z.<block>.<site> [B, D].
+        patches: pixel_values of one set, conv1 -> patches [m, N-1, D].
         tables: rows of all tasks.
         router: stream and features -> what the first pass puts out, if `file` ran with bases of rank 0 and the base's
             rows of `tables`; absent where the first pass has other weights.
-        rest: stream -> logits; absent if `file` goes to the end.
+        rest: tasks and stream -> logits; absent if `file` goes to the end.
     """
 
     file: str
+    patches: str
     tables: VectorTables | None
     router: str | None = None
     rest: str | None = None
@@ -155,7 +160,7 @@ class OneTaskSpec:
     @property
     def files(self) -> tuple[str, ...]:
         """All graphs."""
-        return tuple(name for name in (self.file, self.router, self.rest) if name is not None)
+        return tuple(name for name in (self.file, self.patches, self.router, self.rest) if name is not None)
 
     @property
     def has_base(self) -> bool:

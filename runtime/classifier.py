@@ -67,6 +67,7 @@ class Classifier:
         unknown_threshold: float | None = None,
         batch_size: int = 32,
         core_cache_sets: int = 64,
+        share_base: bool = True,
         cuda_graphs: bool = False,
         build_engines: bool = True,
     ) -> None:
@@ -86,6 +87,8 @@ class Classifier:
             unknown_threshold: images whose `unknown` is greater are of no known task.
             batch_size: images that are in work at a time.
             core_cache_sets: distinct sets of tasks whose cores are kept, see `CoreCache`.
+            share_base: on the CPU, where the first pass runs on the base: hold its weights once for both passes. Else
+                the first pass is a graph of its own, a little faster and larger by its weights.
             cuda_graphs: TensorRT alone: record the kernels of each batch size and replay them.
             build_engines: TensorRT alone: where the bundle has no engines for this GPU, build them once and keep them
                 below `MASS_CACHE` or `~/.cache`; that takes minutes.
@@ -119,10 +122,13 @@ class Classifier:
         matrices = self.manifest.matrices if self.manifest.compose == "tsvm" else ()
         self._cores = CoreCache(directory, matrices, core_cache_sets)
         self._one_task = None
+        opened = dataclasses.replace(self.manifest, router=self.router)
+        if opened.one_task is not None and not share_base:
+            opened = dataclasses.replace(opened, one_task=dataclasses.replace(opened.one_task, router=None))
         with checked_meanwhile(directory, self.manifest.files, verify):
             self._first, self._second = open_sessions(
                 directory,
-                dataclasses.replace(self.manifest, router=self.router),
+                opened,
                 provider,
                 num_threads,
                 core_cache_sets=core_cache_sets,
@@ -130,8 +136,8 @@ class Classifier:
                 build_engines=build_engines,
                 max_batch=batch_size,
             )
-            if self.manifest.one_task is not None and self._second.provider == "cpu":
-                self._one_task = OneTaskPass(directory, self.manifest, self.manifest.one_task, num_threads)
+            if opened.one_task is not None and self._second.provider == "cpu":
+                self._one_task = OneTaskPass(directory, opened, num_threads)
         limits = (session.max_batch for session in (self._first, self._second))
         self._batch_size = min([batch_size, *(limit for limit in limits if limit is not None)])
         self.provider = self._second.provider

@@ -1,8 +1,8 @@
-"""Both passes for images of one task on a CPU: the task's parameters go from the mapped file into the graphs."""
+"""Both passes for images that need one task each, on a CPU: parameters go from the mapped file into the graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle import Manifest, OneTaskSpec, map_array
+from runtime.bundle import Manifest, VectorTables, map_array
 from runtime.onnx_session import OnnxSession
 
 Feeds = dict[str, NDArray[Any]]
@@ -18,37 +18,38 @@ NONE: Mapping[str, NDArray[Any]] = MappingProxyType({})
 
 
 class OneTaskPass:
-    """Runs the one-task graphs with any task's parameters; see `runtime.bundle.OneTaskSpec`. Thread-safe."""
+    """Runs the one-task graphs with any tasks' parameters; see `runtime.bundle.OneTaskSpec`. Thread-safe."""
 
-    def __init__(
-        self, directory: Path, manifest: Manifest, spec: OneTaskSpec, num_threads: int | None
-    ) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, num_threads: int | None) -> None:
         """Load the graphs and map the parameters of all tasks; none is read before a task is first run.
 
         Args:
             directory: of the bundle.
-            manifest: of the bundle.
-            spec: its `one_task`.
+            manifest: of the bundle; has a `one_task`.
             num_threads: threads within an operator; None lets ONNX Runtime choose.
 
         Raises:
             BackendError: ONNX Runtime refuses a graph.
         """
+        spec = manifest.one_task
+        assert spec is not None
 
         def load(file: str) -> _Part:
             return _Part(OnnxSession(directory / file, "cpu", num_threads))
 
-        self._blocks = load(spec.file)
+        self._blocks, self._patches = load(spec.file), load(spec.patches)
         self._router = None if spec.router is None else load(spec.router)
         self._rest = None if spec.rest is None else load(spec.rest)
-        arrays = _stacked_parameters(directory, manifest)
-        tables = _tables(directory, spec)
-        self._feeds: list[Feeds] = [
-            {name: np.asarray(array[task]) for name, array in (arrays | tables).items()}
-            for task in range(len(manifest.tasks))
-        ]
-        self._base: Feeds = {name: array[0][:0] for name, array in arrays.items()}
-        self._base |= {name: np.asarray(array[-1]) for name, array in tables.items()}
+        self._stacks = _stacked_bases(directory, manifest)
+        self._base: Feeds = {
+            name: array[:1, :, :0] if name.startswith("scale.") else array[:1, :0]
+            for name, array in self._stacks.items()
+        }
+        self._conv1: list[Feeds] = []
+        if spec.tables is not None:
+            vectors = map_array(directory, spec.tables.vectors)
+            self._stacks["vectors"], self._base["vectors"] = vectors, vectors[-1:]
+            self._conv1 = _convolutions(directory, spec.tables)
 
     @property
     def routes(self) -> bool:
@@ -65,33 +66,49 @@ class OneTaskPass:
             `residuals` [B, T] float32, and where the bundle has it `unknown` [B] float32
 
         Raises:
-            BackendError: a session failed, or the first pass has weights of its own.
+            BackendError: a session failed.
         """
         assert self._router is not None
-        return self._router.run(self._blocks.run({"pixel_values": pixel_values}, self._base))
+        patches = self._projected(pixel_values, [-1])
+        tasks = np.zeros(1, np.int64)
+        return self._router.run(self._blocks.run({"patches": patches, "tasks": tasks}, self._base))
 
-    def run(self, pixel_values: Any, task: int) -> NDArray[np.float32]:
-        """Logits of every head under one task's model.
+    def run(self, pixel_values: Any, tasks: Sequence[int]) -> NDArray[np.float32]:
+        """Logits of every head, each image under its task's model.
 
         Args:
-            pixel_values: normalised images. [B, 3, H, W] float32
-            task: index.
+            pixel_values: normalised images, as many of each task, in the order of `tasks`. [S*m, 3, H, W] float32
+            tasks: indices. S of them
 
         Returns:
-            logits: tasks in order. [B, sum C] float32
+            logits: tasks in order. [S*m, sum C] float32
 
         Raises:
             BackendError: a session failed.
         """
-        found = self._blocks.run({"pixel_values": pixel_values}, self._feeds[task])
+        chosen = {"tasks": np.array(tasks, np.int64)}
+        found = self._blocks.run(chosen | {"patches": self._projected(pixel_values, tasks)}, self._stacks)
         if self._rest is not None:
-            found = self._rest.run({"stream": found["stream"]}, self._feeds[task])
+            found = self._rest.run(chosen | {"stream": found["stream"]}, self._stacks)
         logits: NDArray[np.float32] = found["logits"]
         return logits
 
+    def _projected(self, pixel_values: Any, tasks: Sequence[int]) -> NDArray[np.float32]:
+        """Patches under the tasks' own convolutions, -1 for the base's. [B, N-1, D]"""
+        if not self._conv1:
+            return self._patches.run({"pixel_values": pixel_values})["patches"]
+        each = len(pixel_values) // len(tasks)
+        parts = [
+            self._patches.run(
+                {"pixel_values": pixel_values[row * each : (row + 1) * each]}, self._conv1[task]
+            )
+            for row, task in enumerate(tasks)
+        ]
+        return np.concatenate([part["patches"] for part in parts]) if len(parts) > 1 else parts[0]["patches"]
+
     def close(self) -> None:
         """Release the graphs."""
-        for part in (self._blocks, self._router, self._rest):
+        for part in (self._blocks, self._patches, self._router, self._rest):
             if part is not None:
                 part.session.close()
 
@@ -108,26 +125,25 @@ class _Part:
         return self.session.run(images | wanted)
 
 
-def _stacked_parameters(directory: Path, manifest: Manifest) -> Feeds:
-    """Low-rank parameters of all tasks by input. [T, ..] each"""
+def _stacked_bases(directory: Path, manifest: Manifest) -> Feeds:
+    """Low-rank parameters of all tasks by input. [T, R, D] and [T, 1, R]"""
     arrays: Feeds = {}
     for matrix in manifest.matrices:
-        parts = {"right": matrix.vh, "scale": matrix.s, "left": matrix.u_t}
-        arrays |= {f"{kind}.{matrix.name}": map_array(directory, array) for kind, array in parts.items()}
-        for scale in (matrix.u_scale, matrix.vh_scale):
-            if scale is not None:  # int8: the graph multiplies bare steps
-                key = f"scale.{matrix.name}"
-                arrays[key] = arrays[key] * map_array(directory, scale)
-    return arrays
+        arrays[f"left.{matrix.name}"] = map_array(directory, matrix.u_t)
+        arrays[f"right.{matrix.name}"] = map_array(directory, matrix.vh)
+        scale = map_array(directory, matrix.s)
+        for rows in (matrix.u_scale, matrix.vh_scale):
+            if rows is not None:  # int8: the graph multiplies bare steps
+                scale = scale * map_array(directory, rows)
+        arrays[f"scale.{matrix.name}"] = scale[:, None]
+    return {name: np.asarray(array) for name, array in arrays.items()}
 
 
-def _tables(directory: Path, spec: OneTaskSpec) -> Feeds:
-    """The other parameters of all tasks, and of the base if it is there. [T or T+1, ..] each"""
-    if spec.tables is None:
-        return {}
-    stored = {
-        "vectors": spec.tables.vectors,
-        "conv1": spec.tables.conv1,
-        "conv1_scale": spec.tables.conv1_scale,
-    }
-    return {name: map_array(directory, array) for name, array in stored.items() if array is not None}
+def _convolutions(directory: Path, tables: VectorTables) -> list[Feeds]:
+    """Each task's patch convolution, and the base's if it is there, as inputs."""
+    stored = {"conv1": tables.conv1, "conv1_scale": tables.conv1_scale}
+    arrays = {name: map_array(directory, array) for name, array in stored.items() if array is not None}
+    return [
+        {name: np.asarray(array[row]) for name, array in arrays.items()}
+        for row in range(tables.conv1.shape[0])
+    ]

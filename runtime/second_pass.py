@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,22 +17,21 @@ from runtime.session import Session
 TaskSet = tuple[int, ...]
 
 
+# So many images make a run that is not much dearer for each image than a larger one.
+FULL_RUN = 8
+
+
 @dataclass(frozen=True)
 class Run:
-    """One call of the second-pass graph.
+    """One call of a second-pass graph.
 
     Attributes:
-        samples: rows of the batch.
-        sets: one set for all samples, or one for each; all of one size.
+        samples: rows of the batch, in the order of `sets`.
+        sets: as many samples have each; all of one size.
     """
 
     samples: tuple[int, ...]
     sets: tuple[TaskSet, ...]
-
-    @property
-    def task(self) -> int | None:
-        """The one task of all samples, if they have one in common and no other."""
-        return self.sets[0][0] if len(self.sets) == 1 and len(self.sets[0]) == 1 else None
 
 
 def plan_second_pass(
@@ -47,19 +46,50 @@ def plan_second_pass(
     Args:
         sets: tasks of each sample, ascending.
         own_weights: samples weigh equal sets differently, so that only sets of one task can be shared.
-        by_task: give each task that is alone in its set a run of its own; see `runtime.one_task`.
+        by_task: divide the sets of one task as `runtime.one_task` takes them, see `plan_single_tasks`.
     """
     runs = []
     sizes = {len(tasks) for tasks in sets}
     if by_task:
-        singles = sorted({tasks for tasks in sets if len(tasks) == 1})
-        runs += [Run(tuple(row for row, tasks in enumerate(sets) if tasks == one), (one,)) for one in singles]
+        runs += plan_single_tasks({row: tasks[0] for row, tasks in enumerate(sets) if len(tasks) == 1})
         sizes -= {1}
     for size in sorted(sizes):
         samples = tuple(row for row, tasks in enumerate(sets) if len(tasks) == size)
         distinct = {sets[row] for row in samples}
         shared = len(distinct) == 1 and (size == 1 or not own_weights)
         runs.append(Run(samples, tuple(distinct) if shared else tuple(sets[row] for row in samples)))
+    return runs
+
+
+def plan_single_tasks(task_of: Mapping[int, int]) -> list[Run]:
+    """Runs of sets of one task: few, large, and with few rows of bases to gather.
+
+    A task with many images has a run of its own. Tasks with equally many share one if they have many together. What is
+    left over runs together, each sample with a set of its own.
+
+    Args:
+        task_of: row of the batch -> its task.
+    """
+    rows: dict[int, list[int]] = {}
+    for row, task in sorted(task_of.items()):
+        rows.setdefault(task, []).append(row)
+    alike: dict[int, list[int]] = {}
+    for task in sorted(rows):
+        alike.setdefault(len(rows[task]), []).append(task)
+    runs, left = [], []
+    for count, tasks in sorted(alike.items(), reverse=True):
+        groups = [[task] for task in tasks] if count >= FULL_RUN else [tasks]
+        for group in groups:
+            if count * len(group) >= FULL_RUN or len(rows) == len(group):
+                samples = tuple(row for task in group for row in rows[task])
+                runs.append(Run(samples, tuple((task,) for task in group)))
+            else:
+                left += [row for task in group for row in rows[task]]
+    if left:
+        left.sort()
+        each = [task_of[row] for row in left]
+        sets = each[:1] if len(set(each)) == 1 else each
+        runs.append(Run(tuple(left), tuple((task,) for task in sets)))
     return runs
 
 
@@ -94,9 +124,9 @@ def run_second_pass(
     logits = np.empty((len(pixel_values), manifest.tasks[-1].stop), np.float32)
     for run in plan_second_pass(sets, own_weights=by_gates, by_task=one_task is not None):
         rows = list(run.samples)
-        if one_task is not None and run.task is not None:
-            images = pixel_values if len(rows) == len(pixel_values) else pixel_values[rows]
-            logits[rows] = one_task.run(images, run.task)
+        if one_task is not None and len(run.sets[0]) == 1:
+            images = pixel_values if rows == list(range(len(pixel_values))) else pixel_values[rows]
+            logits[rows] = one_task.run(images, [tasks[0] for tasks in run.sets])
             continue
         slots = np.array(run.sets, np.int64)  # [S, K]
         weights = np.full(slots.shape, 1 / slots.shape[1], np.float32)

@@ -39,13 +39,13 @@ def main(fp32: Path, int8: Path, batch: int, rounds: int) -> None:
             manifest = read_manifest(bundle)
             if manifest.one_task is None:
                 raise click.ClickException(f"{bundle}: has no one-task graph; export it as fp32 or int8.")
-            second = OneTaskPass(bundle, manifest, manifest.one_task, 1)
+            second = OneTaskPass(bundle, manifest, 1)
             if second.routes:
                 calls[f"{name} first"] = partial(second.first_pass, images)
             else:
                 first = OnnxSession(bundle / manifest.passes[FIRST_PASS].file, "cpu", 1)
                 calls[f"{name} first"] = partial(first.run, feeds)
-            calls[f"{name} second"] = partial(second.run, images, 0)
+            calls[f"{name} second"] = partial(second.run, images, [0])
         times = interleave(calls, rounds, 1, clock=time.thread_time)
     for name in ("fp32", "int8"):
         times[f"{name} both"] = times[f"{name} first"] + times[f"{name} second"]

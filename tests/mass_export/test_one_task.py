@@ -11,7 +11,7 @@ from mass_export.model import MassModel
 from runtime.bundle import read_manifest
 from runtime.classifier import Classifier
 from runtime.errors import BackendError
-from runtime.second_pass import Run, plan_second_pass, run_second_pass
+from runtime.second_pass import Run, plan_second_pass, plan_single_tasks, run_second_pass
 
 MIXED = [(0,), (2,), (0, 1), (1,), (0,), (1, 2), (0, 1, 2), (2,)]
 
@@ -20,25 +20,42 @@ def images(count=8):
     return np.random.default_rng(3).normal(size=(count, 3, 16, 16)).astype(np.float32)
 
 
-def test_tasks_alone_in_their_set_run_task_by_task_and_larger_sets_by_size():
+def test_sets_of_one_task_run_together_and_larger_sets_by_size():
     assert plan_second_pass(MIXED, by_task=True) == [
-        Run((0, 4), ((0,),)),
-        Run((3,), ((1,),)),
-        Run((1, 7), ((2,),)),
+        Run((0, 1, 3, 4, 7), ((0,), (2,), (1,), (0,), (2,))),
         Run((2, 5), ((0, 1), (1, 2))),
         Run((6,), ((0, 1, 2),)),
     ]
 
 
+def test_many_images_of_a_task_run_alone_and_equally_many_share_a_run():
+    tasks = [0] * 9 + [1, 2, 3, 4] * 2 + [5, 6, 6, 6]
+    runs = plan_single_tasks(dict(enumerate(tasks)))
+    assert [run.sets for run in runs] == [((0,),), ((1,), (2,), (3,), (4,)), ((5,), (6,), (6,), (6,))]
+    assert [len(run.samples) for run in runs] == [9, 8, 4]
+    assert runs[1].samples == (9, 13, 10, 14, 11, 15, 12, 16)
+
+
+def test_tasks_of_a_small_batch_share_its_only_run():
+    assert plan_single_tasks({3: 1, 5: 0, 8: 1, 9: 0}) == [Run((5, 9, 3, 8), ((0,), (1,)))]
+    assert plan_single_tasks({3: 1, 5: 1}) == [Run((3, 5), ((1,),))]
+
+
 def test_every_sample_is_in_one_run_of_its_own_set():
     rng = np.random.default_rng(0)
-    sets = [tuple(sorted(rng.choice(5, rng.integers(1, 4), replace=False).tolist())) for _ in range(40)]
-    for by_task in (False, True):
-        runs = plan_second_pass(sets, by_task=by_task)
-        assert sorted(row for run in runs for row in run.samples) == list(range(40))
-        for run in runs:
-            given = run.sets * len(run.samples) if len(run.sets) == 1 else run.sets
-            assert [sets[row] for row in run.samples] == list(given)
+    for size in (1, 3):
+        for count in (1, 7, 40):
+            sets = [
+                tuple(sorted(rng.choice(5, rng.integers(1, size + 1), replace=False).tolist()))
+                for _ in range(count)
+            ]
+            for by_task in (False, True):
+                runs = plan_second_pass(sets, by_task=by_task)
+                assert sorted(row for run in runs for row in run.samples) == list(range(count))
+                for run in runs:
+                    each = len(run.samples) // len(run.sets)
+                    given = [tasks for tasks in run.sets for _ in range(each)]
+                    assert [sets[row] for row in run.samples] == given
 
 
 @pytest.mark.parametrize("vectors", ["mean", "base"])
@@ -81,7 +98,7 @@ def test_a_closed_classifier_runs_no_task(pico_bundle):
     classifier = Classifier(bundle, "cpu", num_threads=1)
     classifier.close()
     with pytest.raises(BackendError, match="closed"):
-        classifier._one_task.run(images(1), 0)
+        classifier._one_task.run(images(1), [0])
     with pytest.raises(BackendError, match="closed"):
         classifier._second.run({})
 
@@ -100,3 +117,16 @@ def test_a_bundle_without_the_one_task_graph_still_answers(pico_bundle, tmp_path
     np.testing.assert_allclose(
         actual.logits, expected.logits, rtol=0, atol=0.02 * np.abs(expected.logits).max()
     )
+
+
+def test_a_first_pass_of_its_own_gives_the_same_answers(pico_bundle):
+    _, _, bundle = pico_bundle(router={"layer": 1}, base_merge="zeroshot")
+    with (
+        Classifier(bundle, "cpu", num_threads=1) as shared,
+        Classifier(bundle, "cpu", num_threads=1, share_base=False) as separate,
+    ):
+        assert shared._one_task.routes
+        assert not separate._one_task.routes
+        expected, actual = shared.forward(images()), separate.forward(images())
+    np.testing.assert_allclose(actual.residuals, expected.residuals, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(actual.selected, expected.selected)
