@@ -2,7 +2,8 @@
 
 Everything that is compared runs in one process and in turns, so that what else the machine does hits all alike; the
 first rounds are not counted. Figures are medians with the 10th and 90th percentile. The plain pass is the base tower
-with every head, written by the same exporter for the same runtime: what a CLIP without any merging would cost.
+with every head, written by the same exporter for the same runtime, all tokens through all blocks: what a CLIP without
+any merging would cost. `plain_trimmed` runs its last block for the CLS token alone, as ours do.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from runtime.classifier import Classifier
 from runtime.onnx_session import OnnxSession
 from runtime.second_pass import TaskSet
 
-PLAIN = "plain"
+PLAIN, TRIMMED = "plain", "plain_trimmed"
 Call = Callable[[], Any]
 
 
@@ -113,12 +114,17 @@ def bench_bundle(
         plain_file = write_plain_pass(bundle, Path(scratch))
         started = bench_start(bundle, plain_file, threads=threads, rounds=settings.starts, progress=progress)
         plain = OnnxSession(plain_file, "cpu", threads)
+        trimmed = OnnxSession(write_plain_pass(bundle, Path(scratch), trimmed=True), "cpu", threads)
         with Classifier(bundle, "cpu", num_threads=threads, verify="size", mode="top1") as classifier:
             things = _eager_things(artifact, threads) if artifact is not None else {}
             rows: list[Timing] = []
             for batch in progress.track(settings.batches, "Timing"):
                 images = random_images(classifier.manifest, batch, settings.seed)
-                calls: dict[str, Call] = {PLAIN: partial(plain.run, {"pixel_values": images})}
+                feeds = {"pixel_values": images}
+                calls: dict[str, Call] = {
+                    PLAIN: partial(plain.run, feeds),
+                    TRIMMED: partial(trimmed.run, feeds),
+                }
                 calls |= bundle_calls(classifier, images)
                 calls |= {name: partial(make, images) for name, make in things.items()}
                 rows += _rows(calls, classifier, batch, threads, settings)
@@ -203,7 +209,7 @@ def _rows(
             what=name,
             batch=batch,
             tasks=len(classifier.tasks),
-            precision="fp32" if name in (PLAIN, *eager) else str(classifier.manifest.precision),
+            precision="fp32" if name in (PLAIN, TRIMMED, *eager) else str(classifier.manifest.precision),
             ms_median=float(np.median(ms)),
             ms_p10=float(np.percentile(ms, 10)),
             ms_p90=float(np.percentile(ms, 90)),

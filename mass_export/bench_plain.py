@@ -1,5 +1,8 @@
 """The plain CLIP pass that times are compared with: the base tower and every head, in one graph.
 
+All tokens go through all blocks, as in open_clip. `trimmed`, its last block runs for the CLS token alone, as in both of
+our passes: the most that an exporter can do without changing the numbers.
+
 It is read back out of a bundle: the second pass' dense weights lie in the weights file under the base's names, and the
 vector parameters, which only differ in value, are those of the first task's model.
 """
@@ -20,19 +23,20 @@ from mass_export.graph import Graph
 from mass_export.heads import Head
 from mass_export.second_pass import add_heads, vector_sizes
 from mass_export.spec import VisionSpec
-from mass_export.vit_graph import Layers, encode
+from mass_export.vit_graph import Layers, block, cls_row, embed, encode, pool
 from mass_export.weights_file import WeightsFile
 from runtime.bundle import SECOND_PASS, Manifest, map_array, read_manifest
 
 BASE, HEADS = "base.", "heads."
 
 
-def write_plain_pass(bundle: Path, directory: Path) -> Path:
-    """Write `plain.onnx` and its weights.
+def write_plain_pass(bundle: Path, directory: Path, *, trimmed: bool = False) -> Path:
+    """Write `plain.onnx` (`trimmed.onnx`) and its weights.
 
     Args:
         bundle: exported in fp32 or fp16; the plain pass is always fp32.
         directory: where to; exists.
+        trimmed: run the last block for the CLS token alone.
 
     Raises:
         DataError: the bundle's graphs are not of this version.
@@ -46,18 +50,25 @@ def write_plain_pass(bundle: Path, directory: Path) -> Path:
     params = _base_parameters(bundle, manifest, spec, stored)
     weight = torch.from_numpy(_array(stored, f"{HEADS}weight.T").T.copy())
     bias = torch.from_numpy(_array(stored, f"{HEADS}bias").copy()) if f"{HEADS}bias" in stored else None
-    with WeightsFile(directory / "plain.bin") as weights:
-        return save_plain(params, [Head(weight, bias)], spec, weights, directory)
+    name = "trimmed" if trimmed else "plain"
+    with WeightsFile(directory / f"{name}.bin") as weights:
+        graph = Graph(name, weights)
+        return save_plain(graph, Layers(graph, spec, params, BASE), [Head(weight, bias)], directory, trimmed)
 
 
-def save_plain(
-    params: dict[str, Tensor], heads: list[Head], spec: VisionSpec, weights: WeightsFile, directory: Path
-) -> Path:
+def save_plain(graph: Graph, layers: Layers, heads: list[Head], directory: Path, trimmed: bool) -> Path:  # noqa: FBT001
     """Write the graph: pixel_values -> logits."""
-    graph = Graph("plain", weights)
+    spec = layers.spec
     images = graph.input("pixel_values", ir.DataType.FLOAT, ["B", 3, *spec.image_size])
-    logits = add_heads(graph, encode(Layers(graph, spec, params, BASE), images), heads)
-    path = directory / "plain.onnx"
+    if trimmed:
+        feature = encode(layers, images)
+    else:
+        x = embed(layers, images)
+        for index in range(spec.layers):
+            x = block(layers, index, x)
+        feature = pool(layers, cls_row(layers, x))
+    logits = add_heads(graph, feature, heads)
+    path = directory / f"{graph.name}.onnx"
     classes = sum(head.weight.shape[0] for head in heads)
     graph.save(path, {"logits": (logits, ["B", classes])}, mass_export.__version__)
     return path

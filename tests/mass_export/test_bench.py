@@ -25,7 +25,8 @@ from runtime.classifier import Classifier
 from runtime.onnx_session import OnnxSession
 
 BUNDLE_ROWS = {
-    "plain", "two_pass_top1_mixed", "two_pass_top1_one_task", "known_task", "two_pass_set2", "two_pass_set3",
+    "plain", "plain_trimmed", "two_pass_top1_mixed",
+    "two_pass_top1_one_task", "known_task", "two_pass_set2", "two_pass_set3",
 }  # fmt: skip
 EAGER_ROWS = {"eager", "reference_cached", "reference_uncached"}
 
@@ -55,6 +56,8 @@ def test_the_plain_pass_runs_and_has_every_head(pico_bundle, tmp_path):
     logits = plain.run({"pixel_values": images()})["logits"]
     assert logits.shape == (6, sum(len(task.classes) for task in artifact.info.tasks))
     assert np.isfinite(logits).all()
+    trimmed = OnnxSession(write_plain_pass(bundle, tmp_path, trimmed=True), "cpu", 1)
+    np.testing.assert_allclose(trimmed.run({"pixel_values": images()})["logits"], logits, rtol=0, atol=1e-4)
 
 
 def test_given_sets_replace_the_routers_choice(pico_bundle):

@@ -1,0 +1,242 @@
+"""The figures of docs/speed.md: time by number of tasks, precision, routing layer and size of sets, with a picture.
+
+    pip install -e ".[study]"
+    python scripts/bench_curves.py --work build/bench --out docs
+
+Random ViT-B/32 artifacts of constant total rank (1/T each) are made in the work directory, 7 GB, and kept. All bundles
+are open at once and take turns with one plain pass, so that what else the machine does hits all alike. Leave it alone
+meanwhile; it takes about 20 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import matplotlib as mpl
+import numpy as np
+from bench_material import random_artifact
+
+from mass_export.artifact import read_artifact, write_artifact
+from mass_export.bench import BenchSettings, Call, bench_bundle, interleave, random_images, two_passes
+from mass_export.bench_plain import write_plain_pass
+from mass_export.machine import describe_machine
+from mass_export.model_config import load_model_config, preprocess_spec_from_config, vision_spec_from_config
+from mass_export.onnx_export import export_bundle
+from mass_export.progress import Progress
+from mass_export.router_spec import RouterSettings
+from mass_export.spec import MergeSettings
+from runtime.classifier import Classifier
+from runtime.onnx_session import OnnxSession
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+
+COUNTS = (8, 20, 50, 100)
+EARLY = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """A bundle of random tasks."""
+
+    tasks: int
+    precision: str = "fp32"
+    layer: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"t{self.tasks}-{self.precision}" + ("" if self.layer is None else f"-block{self.layer}")
+
+    def make(self, work: Path, model: str) -> Path:
+        """The bundle, made if it is not there; its artifact lies beside it."""
+        artifact_file, bundle = work / f"{self.name}.safetensors", work / self.name
+        if bundle.is_dir():
+            return bundle
+        config, preprocess_config, where = load_model_config(model, Path.cwd())
+        spec = vision_spec_from_config(config, where)
+        artifact = random_artifact(
+            spec,
+            preprocess_spec_from_config(preprocess_config, spec.image_size, where),
+            self.tasks,
+            router=RouterSettings(layer=self.layer, mode="top1"),
+            merge=MergeSettings(base_merge="zeroshot"),
+        )
+        write_artifact(artifact_file, artifact)
+        export_bundle(
+            read_artifact(artifact_file),
+            artifact_file,
+            bundle,
+            verify=False,
+            progress=Progress(quiet=True),
+            precision=self.precision,  # type: ignore[arg-type]  # one of them
+        )
+        return bundle
+
+
+MATERIAL = (
+    *(Material(T) for T in COUNTS),
+    *(Material(T, "int8") for T in (8, 20)),
+    Material(20, layer=EARLY),
+)
+
+
+def calls_of(
+    classifier: Classifier, name: str, batch: int, *, shared: bool
+) -> Iterator[tuple[tuple[str, str], Call]]:
+    """What is timed, by material and kind."""
+    images, T = random_images(classifier.manifest, batch, seed=0), len(classifier.tasks)
+    mixed = [(row % T,) for row in range(batch)]
+    if not shared:
+        yield (name, "mixed, first pass of its own"), partial(two_passes, classifier, images, mixed)
+        return
+    yield (name, "mixed"), partial(two_passes, classifier, images, mixed)
+    yield (name, "one task"), partial(two_passes, classifier, images, [(0,)] * batch)
+    yield (name, "known task"), partial(classifier.forward, images, tasks=[classifier.tasks[0]])
+
+
+def measure(
+    work: Path, model: str, batches: tuple[int, ...], rounds: int, progress: Progress
+) -> list[dict[str, Any]]:
+    """Milliseconds and ratios to the plain pass, by material, kind and batch."""
+    bundles = {m.name: m.make(work, model) for m in progress.track(MATERIAL, "Making bundles")}
+    rows = []
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        first = next(iter(bundles.values()))
+        plain = {
+            kind: OnnxSession(write_plain_pass(first, scratch, trimmed=kind == "trimmed"), "cpu")
+            for kind in ("plain", "trimmed")
+        }
+        opened = [
+            (
+                name,
+                shared,
+                stack.enter_context(Classifier(bundle, "cpu", verify="size", mode="top1", share_base=shared)),
+            )
+            for name, bundle in bundles.items()
+            for shared in ((True, False) if name in ("t8-fp32", "t20-fp32") else (True,))
+        ]
+        for batch in progress.track(batches, "Timing"):
+            images = random_images(opened[0][2].manifest, batch, seed=0)
+            calls: dict[tuple[str, str], Call] = {
+                ("plain", kind): partial(session.run, {"pixel_values": images})
+                for kind, session in plain.items()
+            }
+            for name, shared, classifier in opened:
+                calls |= dict(calls_of(classifier, name, batch, shared=shared))
+            times = interleave({f"{a}|{b}": call for (a, b), call in calls.items()}, rounds, 1)
+            base = times["plain|plain"]
+            for key, ms in times.items():
+                what, kind = key.split("|")
+                rows.append(
+                    {
+                        "what": what,
+                        "kind": kind,
+                        "batch": batch,
+                        "ms_median": float(np.median(ms)),
+                        "ratio": float(np.median(ms / base)),
+                        "ratio_p10": float(np.percentile(ms / base, 10)),
+                        "ratio_p90": float(np.percentile(ms / base, 90)),
+                        "count": len(ms),
+                    }
+                )
+    return rows
+
+
+def draw(results: dict[str, Any], out: Path) -> None:
+    """Time by T, by batch, and against the reference."""
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(10.5, 3))
+    rows = results["rows"]
+
+    def ratio(what: str, kind: str, batch: int) -> float:
+        return next(r["ratio"] for r in rows if (r["what"], r["kind"], r["batch"]) == (what, kind, batch))
+
+    batches = sorted({row["batch"] for row in rows})
+    for kind, marker in (("mixed", "o"), ("one task", "s"), ("known task", "^")):
+        left.plot(COUNTS, [ratio(f"t{T}-fp32", kind, batches[1]) for T in COUNTS], marker=marker, label=kind)
+    left.set(
+        xlabel="tasks, constant total rank",
+        ylabel="multiple of a plain fp32 pass",
+        title=f"fp32, batch {batches[1]}",
+    )
+    left.set_xscale("log")
+    left.set_xticks(COUNTS, [str(T) for T in COUNTS])
+    left.minorticks_off()
+    left.set_ylim(0)
+    left.legend(frameon=False)
+    for name, label in (
+        ("t20-fp32", "fp32"),
+        (f"t20-fp32-block{EARLY}", f"fp32, block {EARLY}"),
+        ("t20-int8", "int8"),
+    ):
+        middle.plot(batches, [ratio(name, "mixed", b) for b in batches], marker="o", label=label)
+    middle.set(xlabel="batch", title="T = 20, mixed tasks")
+    middle.set_xscale("log", base=2)
+    middle.set_xticks(batches, [str(b) for b in batches])
+    middle.set_ylim(0)
+    middle.legend(frameon=False)
+    reference = {row["what"]: row["ratio_to_plain_fp32"] for row in results["reference"]["rows"]}
+    shown = (
+        "two_pass_top1_mixed",
+        "two_pass_set2",
+        "two_pass_set3",
+        "eager",
+        "reference_cached",
+        "reference_uncached",
+    )
+    names = [name for name in shown if name in reference]
+    right.barh(names[::-1], [reference[name] for name in names[::-1]])
+    right.set(
+        title=f"T = 20, batch {results['reference']['rows'][0]['batch']}",
+        xlabel="multiple of a plain fp32 pass",
+    )
+    right.set_xscale("log")
+    fig.tight_layout()
+    fig.savefig(out / "speed.svg", metadata={"Date": None})
+
+
+@click.command(help=__doc__)
+@click.option("--work", default=Path("build/bench"), show_default=True, type=click.Path(path_type=Path))
+@click.option("--out", default=Path("docs"), show_default=True, type=click.Path(path_type=Path))
+@click.option("--model", default="ViT-B-32", show_default=True)
+@click.option(
+    "--batch", "batches", multiple=True, default=(1, 8, 32), show_default=True, type=click.IntRange(1)
+)
+@click.option("--rounds", default=9, show_default=True, type=click.IntRange(1))
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+def main(work: Path, out: Path, model: str, batches: tuple[int, ...], rounds: int, *, quiet: bool) -> None:
+    """Write speed.json and speed.svg, print the rows."""
+    work.mkdir(parents=True, exist_ok=True)
+    progress = Progress(quiet=quiet)
+    results: dict[str, Any] = {
+        "machine": describe_machine(),
+        "rows": measure(work, model, batches, rounds, progress),
+    }
+    settings = BenchSettings(batches=(max(batches),), rounds=3, warmup=1, longest_s=120)
+    name = Material(20).name
+    results["reference"] = bench_bundle(work / name, work / f"{name}.safetensors", settings, progress)
+    (out / "speed.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw(results, out)
+    for row in results["rows"]:
+        click.echo(
+            f"{row['what']:16} {row['kind']:29} {row['batch']:3} {row['ms_median']:8.1f} ms  {row['ratio']:.2f} "
+            f"({row['ratio_p10']:.2f} to {row['ratio_p90']:.2f})"
+        )
+    for row in results["reference"]["rows"]:
+        click.echo(
+            f"{row['what']:40} {row['batch']:3} {row['ms_median']:8.1f} ms  {row['ratio_to_plain_fp32']:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
