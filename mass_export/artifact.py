@@ -11,6 +11,7 @@ The header's metadata holds `format`, `schema_version` and `info` (an `ArtifactI
     calibration.offset|scale             mean and spread of each task's residual at each tap: [L, T]; optional
     calibration.weight|bias              linear discriminant over M taps: [T, M*D], [T]; optional
     calibration.whiten|centres           what known images look like: [D, D], [K, D]; optional
+    calibration.stop_*                   the same four at each of E early stops: [E, ..]; optional
 
 Tensors are float32, float16 or bfloat16 in the file, or encoded (`mass_export.factor_storage`), and float32 once
 read. Equal artifacts give equal bytes.
@@ -34,10 +35,12 @@ from mass_export.errors import ArtifactError, shortened
 from mass_export.factor_storage import Storage, decode, encode, storage_of
 from mass_export.heads import Head
 from mass_export.low_rank import LowRank, orthonormal_rows
+from mass_export.router_spec import CalibrationInfo
 from mass_export.safetensors_writer import write_safetensors
 from mass_export.spec import ArtifactInfo
 
-CALIBRATION_OPTIONAL = ("weight", "bias", "whiten", "centres")
+STOPS = ("stop_weight", "stop_bias", "stop_whiten", "stop_centres")
+CALIBRATION_OPTIONAL = ("weight", "bias", "whiten", "centres", *STOPS)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ANY_RANK = -1
 
@@ -62,6 +65,8 @@ class Calibration:
         whiten: inverse square root of the features' covariance within groups at `info.calibration.unknown`.
             [D, D] or None
         centres: whitened means of the K groups. [K, D] or None
+        stop_weight, stop_bias: discriminants of the early stops, zero where one does not read. [E, T, M*D], [E, T]
+        stop_whiten, stop_centres: what known images look like there, scaled to the one threshold. [E, D, D], [E, K, D]
     """
 
     offset: Tensor
@@ -70,6 +75,10 @@ class Calibration:
     bias: Tensor | None = None
     whiten: Tensor | None = None
     centres: Tensor | None = None
+    stop_weight: Tensor | None = None
+    stop_bias: Tensor | None = None
+    stop_whiten: Tensor | None = None
+    stop_centres: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name."""
@@ -256,7 +265,17 @@ def _expected_shapes(info: ArtifactInfo) -> dict[str, tuple[int, ...]]:
         if info.calibration.unknown is not None:
             expected["calibration.whiten"] = (vision.width, vision.width)
             expected["calibration.centres"] = (_ANY_RANK, vision.width)
+        expected |= _stop_shapes(info.calibration, expected)
     return expected
+
+
+def _stop_shapes(
+    info: CalibrationInfo, expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Tensors of the early stops: those of the last, for each of them."""
+    known = ("whiten", "centres") if info.unknown is not None else ()
+    names = ("weight", "bias", *known) if info.stops else ()
+    return {f"calibration.stop_{name}": (len(info.stops), *expected[f"calibration.{name}"]) for name in names}
 
 
 def _check_layout(tensors: Mapping[str, Tensor], info: ArtifactInfo, where: str) -> None:

@@ -80,10 +80,9 @@ def _info_from_json(data: object) -> ArtifactInfo:
 def _calibration(data: object) -> CalibrationInfo | None:
     if data is None:
         return None
-    # Artifacts of earlier versions do not say which settings their calibration started from, nor what is unknown.
-    return CalibrationInfo(
-        **_fields(data, CalibrationInfo, "calibration", optional=("router", "unknown", "unknown_threshold"))
-    )
+    # Artifacts of earlier versions know less.
+    later = ("router", "unknown", "unknown_threshold", "stops", "stop_margin")
+    return CalibrationInfo(**_fields(data, CalibrationInfo, "calibration", optional=later))
 
 
 def _vision(data: object) -> VisionSpec:

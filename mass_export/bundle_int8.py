@@ -54,7 +54,7 @@ def convert_bundle_int8(
             passes[name] = _convert_pass(source / spec.file, spec, target, weights, stored, conv1, kept)
         if one_task is not None:
             if precise_router:  # then the first pass shares no weights
-                one_task = dataclasses.replace(one_task, router=None)
+                one_task = dataclasses.replace(one_task, routers=())
             for file in one_task.files:
                 _convert_part(source / file, target / file, weights, conv1)
             one_task = dataclasses.replace(one_task, tables=tables)

@@ -6,7 +6,8 @@ Three levels, by what one may know:
 - `pool`: unlabelled images. Mean and spread of each task's residual at each tap remove the per-task bias where no
   head evidence does. The router's own answers then serve as labels, once, for the discriminant below.
 - `task_images`: a few images a task, no class labels. A linear discriminant with shrunk covariance names the task. It
-  reads all mlp inputs up to a block that is early enough for the first pass to get shorter.
+  reads all mlp inputs up to a block that is early enough for the first pass to get shorter, and where that saves more,
+  image by image up to the first block that is sure (`mass_export.early_stops`).
 
 Images also show what known ones look like: at the deepest place that the router reads, the distance to the nearest
 task's mean, in units of the spread within tasks, says how unknown an image is.
@@ -33,6 +34,7 @@ from mass_export.discriminant import (
     fit_known_images,
     macro_accuracy,
 )
+from mass_export.early_stops import EarlyStops, choose_stops
 from mass_export.errors import DataError
 from mass_export.model import MassModel
 from mass_export.progress import Progress
@@ -146,6 +148,7 @@ def calibrate_task_images(
     *,
     tap: Tap | None = None,
     verify: bool = True,
+    stop_early: bool = True,
     residual_weight: float = 0.0,
     sources: Mapping[str, str] | None = None,
     progress: Progress,
@@ -162,6 +165,7 @@ def calibrate_task_images(
         tap: the last one that the discriminant reads.
         verify: run the two best tasks where the margin is below that of 30% of the images, as cross-validation sees
             them; the heads' confidence then counts ten times as much as the posterior.
+        stop_early: let images stop at earlier blocks that are sure of them, where all tasks have images.
         residual_weight: weight of the calibrated residuals beside the discriminant.
         sources: where the images come from, for the record.
         progress: where to show it.
@@ -185,10 +189,18 @@ def calibrate_task_images(
     trials = tuple(LayerTrial(last, macro_accuracy(p, labels)) for last, p in posteriors.items())
     best = max(trial.accuracy for trial in trials)
     chosen = next(trial.tap for trial in trials if trial.accuracy >= best - LAYER_TOLERANCE)
-    read = taps[: chosen.layer + 1]
-    rows = np.array([names.index(name) for name in given])
-    weight, bias = _with_absent_tasks(*fit_discriminant(_joined(features, read), labels), rows, len(names))
     incomplete = len(given) < len(names)
+    early = EarlyStops((), chosen, 0.0, float(chosen.layer), posteriors[chosen])
+    if stop_early and not incomplete and residual_weight == 0:
+        early = choose_stops(posteriors, labels, chosen)
+    chosen, read = early.last, taps[: early.last.layer + 1]
+    rows = np.array([names.index(name) for name in given])
+
+    def discriminant(last: int) -> tuple[Tensor, Tensor]:
+        fitted = fit_discriminant(_joined(features, taps[: last + 1]), labels)
+        return _with_absent_tasks(*fitted, rows, len(names))
+
+    weight, bias = discriminant(chosen.layer)
     offset, scale = _residual_statistics(artifact, features)
     info = CalibrationInfo(
         level="task_images",
@@ -198,19 +210,54 @@ def calibrate_task_images(
         discriminant_weight=1.0,
         sources=dict(sources) if sources else None,
         router=artifact.info.router,
+        stops=early.stops,
+        stop_margin=early.margin,
     )
     router = artifact.info.router
     if not incomplete:  # the discriminant knows better, and needs no whole tower
         router = dataclasses.replace(router, evidence=0.0)
     if verify and router.mode == "top1" and not incomplete:
-        _, margins = two_best(-posteriors[chosen])
+        _, margins = two_best(-early.scores)
         margin = float(np.quantile(margins, UNSURE_SHARE))
         router = dataclasses.replace(router, verify_margin=margin, verify_prior=VERIFY_PRIOR)
     artifact = dataclasses.replace(artifact, info=dataclasses.replace(artifact.info, router=router))
     artifact = _calibrated(artifact, info, Calibration(offset, scale, weight, bias))
     if not incomplete:  # else images of the other tasks would be unknown
         artifact = _with_known_images(artifact, chosen, features[chosen].numpy(), labels)
+    if early.stops:
+        fitted = [discriminant(stop) for stop in early.stops]
+        at_stops = [features[taps[stop]].numpy() for stop in early.stops]
+        artifact = _with_early_stops(artifact, fitted, at_stops, labels)
     return artifact, trials
+
+
+def _with_early_stops(
+    artifact: Artifact,
+    discriminants: Sequence[tuple[Tensor, Tensor]],
+    features: Sequence[NDArray[np.float64]],
+    labels: NDArray[np.int64],
+) -> Artifact:
+    """The artifact with what its early stops know: discriminants [T, m*D], [T], and features there [n, D]."""
+    info, calibration = artifact.info.calibration, artifact.calibration
+    assert info is not None
+    assert info.unknown_threshold is not None
+    assert calibration is not None
+    assert calibration.weight is not None
+    whole = calibration.weight.shape[1]
+    weights = [torch.nn.functional.pad(weight, (0, whole - weight.shape[1])) for weight, _ in discriminants]
+    known = []
+    for at_stop in features:
+        distances = cross_validated_distances(at_stop, labels)
+        scale = info.unknown_threshold / float(np.quantile(distances, 1 - FALSE_ALARMS))
+        known.append([scale * part for part in fit_known_images(at_stop, labels)])
+    calibration = dataclasses.replace(
+        calibration,
+        stop_weight=torch.stack(weights),
+        stop_bias=torch.stack([bias for _, bias in discriminants]),
+        stop_whiten=torch.stack([whiten for whiten, _ in known]).float(),
+        stop_centres=torch.stack([centres for _, centres in known]).float(),
+    )
+    return dataclasses.replace(artifact, calibration=calibration)
 
 
 def _require_task_images(names: Sequence[str], images: Mapping[str, NDArray[np.float32]]) -> None:

@@ -20,6 +20,7 @@ def calibrate_from_files(
     task_images: Sequence[str] = (),
     synthetic: bool = False,
     limit: int | None = None,
+    stop_early: bool = True,
     progress: Progress,
 ) -> tuple[Artifact, str]:
     """Calibrate by exactly one of the three kinds of images.
@@ -30,6 +31,7 @@ def calibrate_from_files(
         task_images: `task=folder` pairs.
         synthetic: make images from noise.
         limit: images per folder, at most.
+        stop_early: see `calibrate_task_images`.
         progress: where to show it.
 
     Returns:
@@ -54,15 +56,20 @@ def calibrate_from_files(
         raise DataError(f"--task-images: a task is given twice in {', '.join(task_images)}.")
     by_task = {name: load_pool(folder, spec, limit) for name, folder in folders.items()}
     sources = {name: str(folder) for name, folder in folders.items()}
-    calibrated, trials = calibrate_task_images(artifact, by_task, sources=sources, progress=progress)
+    calibrated, trials = calibrate_task_images(
+        artifact, by_task, stop_early=stop_early, sources=sources, progress=progress
+    )
     info = calibrated.info.calibration
     assert info is not None
     tap = info.discriminant[-1]
     accuracy = next(trial.accuracy for trial in trials if trial.tap == tap)
     total = sum(info.images.values())
+    stops = (
+        f"; images that are sure stop before block {' or '.join(map(str, info.stops))}" if info.stops else ""
+    )
     return calibrated, (
         f"discriminant on the {tap.site} inputs up to block {tap.layer} from {total} images, "
-        f"{accuracy:.1%} routed right in cross-validation"
+        f"{accuracy:.1%} routed right in cross-validation{stops}"
     )
 
 

@@ -233,6 +233,13 @@ def build_engines(
 )
 @click.option("--synthetic", is_flag=True, help="Images made from noise: needs no images at all.")
 @click.option("--limit", type=click.IntRange(2), help="Images per folder, at most.")
+@click.option(
+    "--early-stops/--no-early-stops",
+    "stop_early",
+    default=True,
+    show_default=True,
+    help="With --task-images: end the first pass of an image at the first block that is sure of it.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
 def calibrate(
     artifact: Path,
@@ -243,6 +250,7 @@ def calibrate(
     limit: int | None,
     *,
     synthetic: bool,
+    stop_early: bool,
     quiet: bool,
 ) -> None:
     """Teach the router of ARTIFACT with images, without training.
@@ -260,6 +268,7 @@ def calibrate(
         task_images=(*task_images, *more),
         synthetic=synthetic,
         limit=limit,
+        stop_early=stop_early,
         progress=Progress(quiet=quiet),
     )
     write_artifact(out, calibrated)

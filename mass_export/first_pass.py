@@ -36,7 +36,7 @@ Features = dict[Tap, ir.Value]
 def add_first_pass(
     layers: Layers, artifact: Artifact, pixel_values: ir.Value
 ) -> tuple[ir.Value, ir.Value | None]:
-    """Add the nodes of the first pass.
+    """Add the nodes of the first pass; images that may stop early are answered as if they had.
 
     Args:
         layers: first-pass parameters.
@@ -46,23 +46,36 @@ def add_first_pass(
     Returns:
         as `add_router`
     """
-    features, stream = add_blocks(layers, artifact, embed(layers, pixel_values))
-    return add_router(layers, artifact, features, stream)
+    last = stops_of(artifact)[-1]
+    features, stream = add_blocks(layers, artifact, embed(layers, pixel_values), 0, last)
+    features |= _features_behind(layers, artifact, last, stream)
+    score, unknown = _answer(layers, artifact, last, features, stream)
+    for block in reversed(stops_of(artifact)[:-1]):
+        score, unknown = _unless_sure(
+            layers.graph, artifact, _answer(layers, artifact, block, features, stream), (score, unknown)
+        )
+    return score, unknown
 
 
-def blocks_before_router(artifact: Artifact) -> int:
-    """Blocks of the first pass that are run to their end: all, or those before the block of the last tap."""
+def stops_of(artifact: Artifact) -> tuple[int, ...]:
+    """Where the first pass may end, ascending: blocks that are run before, at the last of them for all images."""
+    calibration = artifact.info.calibration
     depth = artifact.info.vision.layers
-    return depth if artifact.info.router.evidence else max(artifact.info.read_taps()).layer
+    last = depth if artifact.info.router.evidence else max(artifact.info.read_taps()).layer
+    return (*(() if calibration is None else calibration.stops), last)
 
 
-def add_blocks(layers: Layers, artifact: Artifact, x: ir.Value) -> tuple[Features, ir.Value]:
-    """Add the first `blocks_before_router` blocks.
+def add_blocks(
+    layers: Layers, artifact: Artifact, x: ir.Value, start: int, stop: int
+) -> tuple[Features, ir.Value]:
+    """Add blocks of the first pass.
 
     Args:
         layers: parameters.
         artifact: router settings.
-        x: embedded images. [B, N, D]
+        x: residual stream before block `start`. [B, N, D]
+        start: first block.
+        stop: the block behind the last.
 
     Returns:
         routing features z [B, D] of the taps in these blocks; the residual stream behind them [B, N, D], or that of the
@@ -71,7 +84,7 @@ def add_blocks(layers: Layers, artifact: Artifact, x: ir.Value) -> tuple[Feature
     taps, token, depth = artifact.info.read_taps(), artifact.info.router.token, layers.spec.layers
     features: Features = {}
     rows = layers.spec.tokens
-    for index in range(blocks_before_router(artifact)):
+    for index in range(start, stop):
         if Tap(index, "attn") in taps:
             features[Tap(index, "attn")] = _read(layers, f"transformer.resblocks.{index}.ln_1", x, token)
         if index == depth - 1 and token == "cls":
@@ -85,28 +98,42 @@ def add_blocks(layers: Layers, artifact: Artifact, x: ir.Value) -> tuple[Feature
 
 
 def add_router(
-    layers: Layers, artifact: Artifact, features: Features, stream: ir.Value
+    layers: Layers, artifact: Artifact, stop: int, features: Features, stream: ir.Value
 ) -> tuple[ir.Value, ir.Value | None]:
-    """Add the last tap's block, as far as it is read, and what becomes of the features.
+    """Add what the router makes of the features at one of `stops_of`, and of the block there as far as it is read.
 
     Args:
         layers: first-pass parameters.
         artifact: router settings, bases and heads.
-        features: of `add_blocks`.
-        stream: of `add_blocks`.
+        stop: blocks that were run.
+        features: of these blocks.
+        stream: behind them.
 
     Returns:
         residuals [B, T]; unknown [B] or None, see `mass_export.routing.unknown_score` and `whitened_distance`
     """
+    features = features | _features_behind(layers, artifact, stop, stream)
+    return _answer(layers, artifact, stop, features, stream)
+
+
+def _answer(
+    layers: Layers, artifact: Artifact, stop: int, features: Features, stream: ir.Value
+) -> tuple[ir.Value, ir.Value | None]:
+    """Residuals and unknown at one of the stops."""
     graph, info, router = layers.graph, artifact.info, artifact.info.router
-    features = features | _last_features(layers, artifact, stream)
+    stops = stops_of(artifact)
+    if stop != stops[-1]:
+        return _early_answer(graph, artifact, stops.index(stop), features)
     score, last_residuals, evidence, unknown = None, None, None, None
     if info.calibration is None or info.calibration.residual_weight:
         score, last_residuals = _residual_score(graph, artifact, features)
     if info.calibration is not None and info.calibration.discriminant:
-        parts = [features[tap] for tap in info.calibration.discriminant]
-        z = graph.op("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
-        posterior = _log_posterior(graph, artifact, z)
+        calibration = artifact.calibration
+        assert calibration is not None
+        assert calibration.weight is not None
+        assert calibration.bias is not None
+        z = _joined(graph, features, info.calibration.discriminant)
+        posterior = _log_posterior(graph, z, calibration.weight, calibration.bias, "router.discriminant")
         posterior = graph.op("Mul", posterior, graph.scalar(info.calibration.discriminant_weight))
         score = graph.op("Neg", posterior) if score is None else graph.op("Sub", score, posterior)
     assert score is not None
@@ -116,13 +143,59 @@ def add_router(
         lead = standardize_over_tasks(graph, evidence, len(artifact.tasks))
         score = graph.op("Sub", score, graph.op("Mul", lead, graph.scalar(router.evidence)))
     if info.calibration is not None and info.calibration.unknown is not None:
-        unknown = _whitened_distance(graph, artifact, features[info.calibration.unknown])
+        calibration = artifact.calibration
+        assert calibration is not None
+        assert calibration.whiten is not None
+        assert calibration.centres is not None
+        z = features[info.calibration.unknown]
+        unknown = _whitened_distance(graph, z, calibration.whiten, calibration.centres, "router")
     elif last_residuals is not None:
         unknown = share = _least_share(graph, features[info.taps()[-1]], last_residuals, router.norm)
         if evidence is not None:
             best = graph.op("ReduceMax", evidence, graph.integers(-1), keepdims=0)
             unknown = graph.op("Sub", graph.op("Mul", share, graph.scalar(UNKNOWN_RESIDUAL_WEIGHT)), best)
     return score, unknown
+
+
+def _early_answer(
+    graph: Graph, artifact: Artifact, index: int, features: Features
+) -> tuple[ir.Value, ir.Value | None]:
+    """The same at an early stop, whose discriminant reads the first of the taps."""
+    info, calibration = artifact.info.calibration, artifact.calibration
+    assert info is not None
+    assert calibration is not None
+    assert calibration.stop_weight is not None
+    assert calibration.stop_bias is not None
+    taps = info.taps_before(info.stops[index])
+    weight = calibration.stop_weight[index, :, : len(taps) * artifact.info.vision.width]
+    z = _joined(graph, features, taps)
+    posterior = _log_posterior(graph, z, weight, calibration.stop_bias[index], f"router.stop{index}")
+    score = graph.op("Mul", posterior, graph.scalar(-info.discriminant_weight))
+    if calibration.stop_whiten is None or calibration.stop_centres is None:
+        return score, None
+    whiten, centres = calibration.stop_whiten[index], calibration.stop_centres[index]
+    return score, _whitened_distance(graph, features[taps[-1]], whiten, centres, f"router.stop{index}")
+
+
+def _unless_sure(
+    graph: Graph,
+    artifact: Artifact,
+    early: tuple[ir.Value, ir.Value | None],
+    later: tuple[ir.Value, ir.Value | None],
+) -> tuple[ir.Value, ir.Value | None]:
+    """The early answer where its best task leads by the margin, else the later one."""
+    info = artifact.info.calibration
+    assert info is not None
+    two = graph.top_two(early[0])  # [B, 2], smallest first
+    second, first = (graph.op("Gather", two, graph.integers(i), axis=1) for i in (1, 0))
+    sure = graph.op(
+        "GreaterOrEqual", graph.op("Sub", second, first), graph.scalar(info.stop_margin)
+    )  # [B, 1]
+    score = graph.op("Where", sure, early[0], later[0])
+    if early[1] is None or later[1] is None:
+        return score, None
+    flat = graph.op("Squeeze", sure, graph.integers(1))
+    return score, graph.op("Where", flat, early[1], later[1])
 
 
 def _residual_score(
@@ -158,38 +231,32 @@ def _least_share(graph: Graph, z: ir.Value, r: ir.Value, norm: Norm) -> ir.Value
     return graph.op("Div", graph.op("ReduceMin", r, graph.integers(-1), keepdims=0), length)
 
 
-def _whitened_distance(graph: Graph, artifact: Artifact, z: ir.Value) -> ir.Value:
+def _whitened_distance(graph: Graph, z: ir.Value, whiten: Tensor, centres: Tensor, name: str) -> ir.Value:
     """Distance to the nearest centre of the calibration images, z [B, D]: -> [B]"""
-    calibration = artifact.calibration
-    assert calibration is not None
-    assert calibration.whiten is not None
-    assert calibration.centres is not None
-    white = graph.op("MatMul", z, graph.weight("router.whiten", calibration.whiten.float().numpy()))
-    centres = graph.weight("router.centres", calibration.centres.float().numpy())  # [K, D]
-    differences = graph.op("Sub", graph.op("Unsqueeze", white, graph.integers(1)), centres)  # [B, K, D]
+    white = graph.op("MatMul", z, graph.weight(f"{name}.whiten", whiten.float().numpy()))
+    middles = graph.weight(f"{name}.centres", centres.float().numpy())  # [K, D]
+    differences = graph.op("Sub", graph.op("Unsqueeze", white, graph.integers(1)), middles)  # [B, K, D]
     squared = graph.op("Mul", differences, differences)
     mean = graph.op("ReduceMean", squared, graph.integers(-1), keepdims=0)  # [B, K]
     return graph.op("Sqrt", graph.op("ReduceMin", mean, graph.integers(-1), keepdims=0))
 
 
-def _log_posterior(graph: Graph, artifact: Artifact, z: ir.Value) -> ir.Value:
-    """The linear discriminant's log probabilities: z [B, M*D] -> [B, T]"""
-    calibration = artifact.calibration
-    assert calibration is not None
-    assert calibration.weight is not None
-    assert calibration.bias is not None
-    logits = graph.op(
-        "MatMul", z, graph.weight("router.discriminant.T", calibration.weight.float().numpy().T)
-    )
-    logits = graph.op(
-        "Add", logits, graph.weight("router.discriminant.bias", calibration.bias.float().numpy())
-    )
+def _log_posterior(graph: Graph, z: ir.Value, weight: Tensor, bias: Tensor, name: str) -> ir.Value:
+    """A linear discriminant's log probabilities: z [B, M*D] -> [B, T]"""
+    logits = graph.op("MatMul", z, graph.weight(f"{name}.T", weight.float().numpy().T))
+    logits = graph.op("Add", logits, graph.weight(f"{name}.bias", bias.float().numpy()))
     return graph.op("LogSoftmax", logits, axis=-1)
 
 
-def _last_features(layers: Layers, artifact: Artifact, x: ir.Value) -> Features:
-    """Features of the block behind `add_blocks`."""
-    taps, token, index = artifact.info.read_taps(), artifact.info.router.token, blocks_before_router(artifact)
+def _joined(graph: Graph, features: Features, taps: Sequence[Tap]) -> ir.Value:
+    """Features of several taps, one after the other. [B, M*D]"""
+    parts = [features[tap] for tap in taps]
+    return graph.op("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def _features_behind(layers: Layers, artifact: Artifact, index: int, x: ir.Value) -> Features:
+    """Features of block `index`, whose input is x; none of an x that has come to its end."""
+    taps, token = artifact.info.read_taps(), artifact.info.router.token
     features: Features = {}
     if Tap(index, "attn") in taps:
         features[Tap(index, "attn")] = _read(layers, f"transformer.resblocks.{index}.ln_1", x, token)

@@ -86,6 +86,13 @@ class Graph:
         )
         return list(parts)
 
+    def top_two(self, value: ir.Value) -> ir.Value:
+        """The two smallest values along the last axis, smallest first: [B, T] -> [B, 2]."""
+        values, _ = self._tape.op_multi_out(
+            "TopK", [value, self.integers(2)], {"axis": -1, "largest": 0, "sorted": 1}, num_outputs=2
+        )
+        return values
+
     def save(
         self, path: Path, outputs: Mapping[str, tuple[ir.Value, Sequence[int | str]]], version: str
     ) -> PassSpec:

@@ -7,7 +7,7 @@ every set, one pass per set, heads. It is written to be right, not fast. Numbers
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 from mass_export.artifact import Artifact, Calibration
 from mass_export.head_evidence import evidence_scales
 from mass_export.merging import merge_sum, merge_tsvm
+from mass_export.router_spec import Tap
 from mass_export.routing import (
     combine_taps,
     head_evidence,
+    is_sure,
     log_posterior,
     projection_residuals,
     routing_feature,
@@ -92,8 +94,10 @@ class MassModel:
         if info.calibration is not None and calibration is not None:
             score = info.calibration.residual_weight * score
             if info.calibration.discriminant:
+                assert calibration.weight is not None
+                assert calibration.bias is not None
                 z = torch.cat([features[tap] for tap in info.calibration.discriminant], dim=1)
-                posterior = log_posterior(z, calibration)
+                posterior = log_posterior(z, calibration.weight, calibration.bias)
                 score = score - info.calibration.discriminant_weight * posterior
         if router.evidence:
             assert router.evidence != "auto"
@@ -112,6 +116,31 @@ class MassModel:
             )
         elif by_tap:
             unknown = unknown_score(features[info.taps()[-1]], by_tap[-1], router.norm, evidence)
+        if info.calibration is not None and info.calibration.stops:
+            return self._stopped(features, score, unknown)
+        return score, unknown
+
+    def _stopped(
+        self, features: Mapping[Tap, Tensor], score: Tensor, unknown: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The answers of the first stop that is sure, image by image; of the last where none is."""
+        info, calibration = self.artifact.info.calibration, self._calibration
+        assert info is not None
+        assert calibration is not None
+        assert calibration.stop_weight is not None
+        assert calibration.stop_bias is not None
+        for index in reversed(range(len(info.stops))):
+            taps = info.taps_before(info.stops[index])
+            z = torch.cat([features[tap] for tap in taps], dim=1)
+            weight = calibration.stop_weight[index, :, : z.shape[1]]
+            early = -info.discriminant_weight * log_posterior(z, weight, calibration.stop_bias[index])
+            sure = is_sure(early, info.stop_margin)
+            score = torch.where(sure[:, None], early, score)
+            if unknown is not None:
+                assert calibration.stop_whiten is not None
+                assert calibration.stop_centres is not None
+                known = calibration.stop_whiten[index], calibration.stop_centres[index]
+                unknown = torch.where(sure, whitened_distance(features[taps[-1]], *known), unknown)
         return score, unknown
 
     def route(

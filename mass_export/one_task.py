@@ -8,15 +8,16 @@ single task needs no core (MASS.md section 4): `y = x W0^T + ((x VH^T) * s) U^T 
   the rows of the sets' tasks where it needs them, while they are in the cache.
 - The patch convolution, which each task has in full, is a graph of its own that runs set by set: it is not copied.
 - Where the first pass runs on the base it is the same computation with bases of rank zero. The tower is then cut where
-  the router has read enough: the blocks before run for both passes, then either the router or the blocks behind. So a
-  CPU holds the base's weights, which ONNX Runtime rearranges for itself, once.
+  the router has read enough, or may have: the blocks before run for both passes, then the router, the blocks behind, or
+  both for those images of which the router is not sure. So a CPU holds the base's weights, which ONNX Runtime
+  rearranges for itself, once.
 
 `runtime.second_pass` divides a batch into sets. Inputs are described at `runtime.bundle.OneTaskSpec`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 import mass_export
 from mass_export.artifact import Artifact
-from mass_export.first_pass import add_blocks, add_router, blocks_before_router
+from mass_export.first_pass import add_blocks, add_router, stops_of
 from mass_export.graph import Graph
 from mass_export.router_spec import Tap
 from mass_export.second_pass import add_heads, vector_sizes
@@ -35,7 +36,7 @@ from mass_export.weights_file import WeightsFile
 from runtime.bundle import MatrixBases, OneTaskSpec, VectorTables
 
 ONE_TASK = "one_task"
-PATCHES, STREAM, TASKS = "patches", "stream", "tasks"
+PATCHES, TASKS = "patches", "tasks"
 LEFT, RIGHT, SCALE = "left.", "right.", "scale."
 
 Outputs = dict[str, tuple[ir.Value, Sequence[int | str]]]
@@ -164,20 +165,34 @@ class _Writer:
 
     def write(self) -> OneTaskSpec:
         """The graphs of both passes, or of the second alone if the first has weights of its own."""
-        patches = self.patches()
-        graph = Graph(ONE_TASK, self.weights)
-        vision, heads = self.artifact.info.vision, self.artifact.heads
-        projected = graph.input(PATCHES, ir.DataType.FLOAT, ["B", vision.tokens - 1, vision.width])
+        info = self.artifact.info
+        stops = () if self.artifact.merged else stops_of(self.artifact)
+        segments, routers, known = [], [], []
+        for index, (start, stop) in enumerate(zip((0, *stops), stops, strict=False)):
+            file, taps = self.segment(index, start, stop)
+            known += taps
+            segments.append(file)
+            routers.append(self.router(index, stop, known))
+        segments.append(self.rest(len(segments), stops[-1] if stops else 0))
+        margin = 0.0 if info.calibration is None else info.calibration.stop_margin
+        return OneTaskSpec(tuple(segments), self.patches(), self.tables, tuple(routers), margin)
+
+    def segment(self, index: int, start: int, stop: int) -> tuple[str, list[Tap]]:
+        """Blocks between two stops: the stream or the patches -> the stream and the features on the way."""
+        graph, vision = Graph(f"{ONE_TASK}_{index}", self.weights), self.artifact.info.vision
         layers = self.layers(graph)
-        x = tokens(layers, projected)
-        if self.artifact.merged:
-            logits = add_heads(graph, encode_rest(layers, 0, x), heads)
-            return OneTaskSpec(self.save(graph, self.logits(logits)), patches, self.tables)
-        features, stream = add_blocks(layers, self.artifact, x)
-        parts: Outputs = {STREAM: (stream, ["B", self.rows(), vision.width])}
-        parts |= {feature_name(tap): (z, ["B", vision.width]) for tap, z in features.items()}
-        blocks = self.save(graph, parts)
-        return OneTaskSpec(blocks, patches, self.tables, self.router(features.keys()), self.rest())
+        features, stream = add_blocks(layers, self.artifact, self.start(layers, start), start, stop)
+        outputs: Outputs = {stream_name(stop): (stream, ["B", self.rows(stop), vision.width])}
+        outputs |= {feature_name(tap): (z, ["B", vision.width]) for tap, z in features.items()}
+        return self.save(graph, outputs), list(features)
+
+    def start(self, layers: OneTaskLayers, block: int) -> ir.Value:
+        """The stream before a block; before the first it is made of the patches."""
+        if block:
+            return self.stream(layers.graph, block)
+        vision = self.artifact.info.vision
+        shape: list[int | str] = ["B", vision.tokens - 1, vision.width]
+        return tokens(layers, layers.graph.input(PATCHES, ir.DataType.FLOAT, shape))
 
     def patches(self) -> str:
         """Pixel values, and each task's own convolution [3*P*P, D] -> projected patches."""
@@ -194,35 +209,35 @@ class _Writer:
         )
         return self.save(graph, {PATCHES: (projected, ["B", vision.tokens - 1, vision.width])})
 
-    def rows(self) -> int:
-        """Tokens of the residual stream between the parts."""
+    def rows(self, block: int) -> int:
+        """Tokens of the residual stream before a block."""
         info = self.artifact.info
-        ended = blocks_before_router(self.artifact) == info.vision.layers and info.router.token == "cls"
-        return 1 if ended else info.vision.tokens
+        return 1 if block == info.vision.layers and info.router.token == "cls" else info.vision.tokens
 
-    def router(self, taps: Iterable[Tap]) -> str:
+    def router(self, index: int, stop: int, taps: Sequence[Tap]) -> str:
         """The stream and the features on the way -> residuals."""
-        graph, info = Graph(f"{ONE_TASK}_router", self.weights), self.artifact.info
-        stream = self.stream(graph)
+        graph, info = Graph(f"{ONE_TASK}_router_{index}", self.weights), self.artifact.info
+        stream = self.stream(graph, stop)
         given = {
             tap: graph.input(feature_name(tap), ir.DataType.FLOAT, ["B", info.vision.width]) for tap in taps
         }
         layers = Layers(graph, info.vision, self.artifact.base, "base.")
-        residuals, unknown = add_router(layers, self.artifact, given, stream)
+        residuals, unknown = add_router(layers, self.artifact, stop, given, stream)
         outputs: Outputs = {"residuals": (residuals, ["B", len(info.tasks)])}
         if unknown is not None:
             outputs["unknown"] = (unknown, ["B"])
         return self.save(graph, outputs)
 
-    def rest(self) -> str:
-        """The stream -> logits."""
-        graph = Graph(f"{ONE_TASK}_rest", self.weights)
-        stream, start = self.stream(graph), blocks_before_router(self.artifact)
-        feature = encode_rest(self.layers(graph), start, stream)
+    def rest(self, index: int, start: int) -> str:
+        """The stream or the patches -> logits."""
+        graph = Graph(f"{ONE_TASK}_{index}", self.weights)
+        layers = self.layers(graph)
+        feature = encode_rest(layers, start, self.start(layers, start))
         return self.save(graph, self.logits(add_heads(graph, feature, self.artifact.heads)))
 
-    def stream(self, graph: Graph) -> ir.Value:
-        return graph.input(STREAM, ir.DataType.FLOAT, ["B", self.rows(), self.artifact.info.vision.width])
+    def stream(self, graph: Graph, block: int) -> ir.Value:
+        shape: list[int | str] = ["B", self.rows(block), self.artifact.info.vision.width]
+        return graph.input(stream_name(block), ir.DataType.FLOAT, shape)
 
     def logits(self, value: ir.Value) -> Outputs:
         return {"logits": (value, ["B", sum(len(task.classes) for task in self.artifact.info.tasks)])}
@@ -231,6 +246,11 @@ class _Writer:
         path = self.directory / f"{graph.name}.onnx"
         graph.save(path, outputs, mass_export.__version__)
         return path.name
+
+
+def stream_name(block: int) -> str:
+    """Name of the residual stream before a block."""
+    return f"stream.{block}"
 
 
 def feature_name(tap: Tap) -> str:

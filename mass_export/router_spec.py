@@ -174,6 +174,8 @@ class CalibrationInfo(FromMapping):
         router: the settings that the calibration started from; it may have replaced some.
         unknown: tap whose feature is compared with those of the images; None compares with none.
         unknown_threshold: images at a greater distance are unknown.
+        stops: blocks before which an image may stop, ascending: a discriminant reads the mlp inputs up to theirs.
+        stop_margin: of the log posterior; an image stops where its best task leads by it.
     """
 
     level: CalibrationLevel
@@ -185,6 +187,8 @@ class CalibrationInfo(FromMapping):
     router: RouterSettings | None = None
     unknown: Tap | None = None
     unknown_threshold: float | None = None
+    stops: tuple[int, ...] = ()
+    stop_margin: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.unknown, dict):
@@ -201,8 +205,25 @@ class CalibrationInfo(FromMapping):
         require_choice("calibration.level", self.level, CalibrationLevel)
         taps = tuple(Tap(**tap) if isinstance(tap, dict) else tap for tap in self.discriminant)
         object.__setattr__(self, "discriminant", taps)
+        object.__setattr__(self, "stops", tuple(self.stops))
+        ok = all(is_int(stop) and self.taps_before(stop) for stop in self.stops) and list(
+            self.stops
+        ) == sorted(set(self.stops))
+        require(
+            ok,
+            f"calibration.stops: expected ascending blocks that the discriminant reads, got {self.stops!r}.",
+        )
+        require(
+            is_real(self.stop_margin) and self.stop_margin >= 0,
+            f"calibration.stop_margin: expected a number >= 0, got {self.stop_margin!r}.",
+        )
         for name in ("residual_weight", "discriminant_weight"):
             value = getattr(self, name)
             require(
                 is_real(value) and value >= 0, f"calibration.{name}: expected a number >= 0, got {value!r}."
             )
+
+    def taps_before(self, stop: int) -> tuple[Tap, ...]:
+        """What the discriminant of an early stop reads; nothing if it is no block of the last one's."""
+        read = tuple(tap for tap in self.discriminant if tap.layer <= stop)
+        return read if read and read[-1].layer == stop and len(read) < len(self.discriminant) else ()

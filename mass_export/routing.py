@@ -112,11 +112,15 @@ def whitened_distance(z: Tensor, whiten: Tensor, centres: Tensor) -> Tensor:
     return differences.square().mean(dim=2).amin(dim=1).sqrt()
 
 
-def log_posterior(z: Tensor, calibration: Calibration) -> Tensor:
-    """Log probabilities of the tasks by the linear discriminant: z [B, M*D] -> [B, T], <= 0."""
-    assert calibration.weight is not None
-    assert calibration.bias is not None
-    return (z @ calibration.weight.T + calibration.bias).log_softmax(dim=1)
+def log_posterior(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Log probabilities of the tasks by a linear discriminant: z [B, M*D], [T, M*D], [T] -> [B, T], <= 0."""
+    return (z @ weight.T + bias).log_softmax(dim=1)
+
+
+def is_sure(scores: Tensor, margin: float) -> Tensor:
+    """Where the best task leads the second by the margin: scores [B, T], lower matches better -> [B] bool."""
+    best = scores.topk(2, dim=1, largest=False).values
+    return best[:, 1] - best[:, 0] >= margin
 
 
 def head_evidence(logits: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -196,7 +196,7 @@ def _open_both(
 ) -> tuple[Session, Session]:
     first, second = (directory / manifest.passes[name].file for name in (FIRST_PASS, SECOND_PASS))
     if provider == "cpu" and manifest.one_task is not None:  # then only sets of several tasks need the second
-        routed = manifest.one_task.router is not None  # and nothing the first
+        routed = bool(manifest.one_task.routers)  # and nothing the first
         opened = LazySession(first, num_threads) if routed else OnnxSession(first, provider, num_threads)
         return opened, LazySession(second, num_threads)
     return OnnxSession(first, provider, num_threads), OnnxSession(second, provider, num_threads)

@@ -121,7 +121,7 @@ class VectorTables:
         conv1: the patch convolution as a product's right side. [T, 3*P*P, D]
         conv1_scale: of an int8 conv1, what each output is multiplied with; else absent. [T, D]
 
-    Where `OneTaskSpec.rest` is given there is one row more, the base's own.
+    Where `OneTaskSpec` has several segments there is one row more, the base's own.
     """
 
     vectors: StoredArray
@@ -142,30 +142,31 @@ class OneTaskSpec:
     In an int8 bundle left, right and conv1 are int8; scale carries their rows' scales; conv1_scale [D] comes in, too.
 
     Attributes:
-        file: tasks and patches -> logits [B, sum C]. With `rest`: -> stream [B, N, D] (or [B, 1, D]) and features
-            z.<block>.<site> [B, D].
+        segments: of the tower, one after the other: tasks, and patches or the stream before -> stream.<block>
+            [B, N, D] (or [B, 1, D]) and features z.<block>.<site> [B, D]; the last -> logits [B, sum C].
         patches: pixel_values of one set, conv1 -> patches [m, N-1, D].
         tables: rows of all tasks.
-        router: stream and features -> what the first pass puts out, if `file` ran with bases of rank 0 and the base's
-            rows of `tables`; absent where the first pass has other weights.
-        rest: tasks and stream -> logits; absent if `file` goes to the end.
+        routers: of the first pass, one behind each segment but the last, or none where that pass has other weights: the
+            stream and all features so far -> what the first pass puts out, if the segments ran with bases of rank 0 and
+            the base's rows of `tables`.
+        stop_margin: an image goes no further where its best task's residual is so much below the second's.
     """
 
-    file: str
+    segments: tuple[str, ...]
     patches: str
     tables: VectorTables | None
-    router: str | None = None
-    rest: str | None = None
+    routers: tuple[str, ...] = ()
+    stop_margin: float = 0.0
 
     @property
     def files(self) -> tuple[str, ...]:
         """All graphs."""
-        return tuple(name for name in (self.file, self.patches, self.router, self.rest) if name is not None)
+        return (*self.segments, self.patches, *self.routers)
 
     @property
     def has_base(self) -> bool:
         """Whether the tables have a row of the base."""
-        return self.rest is not None
+        return len(self.segments) > 1
 
 
 @dataclass(frozen=True)
@@ -319,8 +320,9 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
     for matrix in manifest.matrices:
         _check_matrix(matrix, manifest, where)
     if manifest.one_task is not None:
-        if manifest.one_task.router is not None and manifest.one_task.rest is None:
-            raise BundleError(f"{where}: one_task: a router needs a rest.")
+        counts = len(manifest.one_task.segments), len(manifest.one_task.routers)
+        if not counts[0] or counts[1] not in (0, counts[0] - 1):
+            raise BundleError(f"{where}: one_task: {counts[0]} segments do not fit {counts[1]} routers.")
         for key, array in _table_arrays(manifest.one_task).items():
             _check_array(array, manifest, f"{where}: one_task: {key}")
             rows = len(manifest.tasks) + manifest.one_task.has_base

@@ -124,7 +124,7 @@ class Classifier:
         self._one_task = None
         opened = dataclasses.replace(self.manifest, router=self.router)
         if opened.one_task is not None and not share_base:
-            opened = dataclasses.replace(opened, one_task=dataclasses.replace(opened.one_task, router=None))
+            opened = dataclasses.replace(opened, one_task=dataclasses.replace(opened.one_task, routers=()))
         with checked_meanwhile(directory, self.manifest.files, verify):
             self._first, self._second = open_sessions(
                 directory,

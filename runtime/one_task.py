@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from runtime.bundle import Manifest, VectorTables, map_array
 from runtime.onnx_session import OnnxSession
+from runtime.verification import two_best
 
 Feeds = dict[str, NDArray[Any]]
 NONE: Mapping[str, NDArray[Any]] = MappingProxyType({})
@@ -37,9 +38,10 @@ class OneTaskPass:
         def load(file: str) -> _Part:
             return _Part(OnnxSession(directory / file, "cpu", num_threads))
 
-        self._blocks, self._patches = load(spec.file), load(spec.patches)
-        self._router = None if spec.router is None else load(spec.router)
-        self._rest = None if spec.rest is None else load(spec.rest)
+        self._patches = load(spec.patches)
+        self._segments = [load(file) for file in spec.segments]
+        self._routers = [load(file) for file in spec.routers]
+        self._stop_margin = spec.stop_margin
         self._stacks = _stacked_bases(directory, manifest)
         self._base: Feeds = {
             name: array[:1, :, :0] if name.startswith("scale.") else array[:1, :0]
@@ -54,10 +56,10 @@ class OneTaskPass:
     @property
     def routes(self) -> bool:
         """Whether it runs the first pass, too."""
-        return self._router is not None
+        return bool(self._routers)
 
     def first_pass(self, pixel_values: Any) -> dict[str, NDArray[Any]]:
-        """What the first-pass graph puts out: the base's blocks, then the router.
+        """What the first-pass graph puts out: the base's blocks up to a router that is sure, or the last.
 
         Args:
             pixel_values: normalised images. [B, 3, H, W] float32
@@ -68,10 +70,27 @@ class OneTaskPass:
         Raises:
             BackendError: a session failed.
         """
-        assert self._router is not None
-        patches = self._projected(pixel_values, [-1])
-        tasks = np.zeros(1, np.int64)
-        return self._router.run(self._blocks.run({"patches": patches, "tasks": tasks}, self._base))
+        rows = np.arange(len(pixel_values))
+        state: Feeds = {"patches": self._projected(pixel_values, [-1]), "tasks": np.zeros(1, np.int64)}
+        answers: Feeds = {}
+        for segment, router in zip(self._segments, self._routers, strict=False):
+            state |= segment.run(state, self._base)
+            found = router.run(state)
+            for name, values in found.items():
+                answers.setdefault(name, np.empty((len(pixel_values), *values.shape[1:]), values.dtype))
+                answers[name][rows] = values
+            if router is self._routers[-1]:
+                break
+            unsure = np.flatnonzero(two_best(found["residuals"])[1] < self._stop_margin)
+            if not len(unsure):
+                break
+            rows = rows[unsure]
+            state = {
+                name: value if name == "tasks" else value[unsure]
+                for name, value in state.items()
+                if name == "tasks" or len(value) == len(found["residuals"])
+            }
+        return answers
 
     def run(self, pixel_values: Any, tasks: Sequence[int]) -> NDArray[np.float32]:
         """Logits of every head, each image under its task's model.
@@ -86,11 +105,10 @@ class OneTaskPass:
         Raises:
             BackendError: a session failed.
         """
-        chosen = {"tasks": np.array(tasks, np.int64)}
-        found = self._blocks.run(chosen | {"patches": self._projected(pixel_values, tasks)}, self._stacks)
-        if self._rest is not None:
-            found = self._rest.run(chosen | {"stream": found["stream"]}, self._stacks)
-        logits: NDArray[np.float32] = found["logits"]
+        state: Feeds = {"tasks": np.array(tasks, np.int64), "patches": self._projected(pixel_values, tasks)}
+        for segment in self._segments:
+            state |= segment.run(state, self._stacks)
+        logits: NDArray[np.float32] = state["logits"]
         return logits
 
     def _projected(self, pixel_values: Any, tasks: Sequence[int]) -> NDArray[np.float32]:
@@ -108,21 +126,21 @@ class OneTaskPass:
 
     def close(self) -> None:
         """Release the graphs."""
-        for part in (self._blocks, self._patches, self._router, self._rest):
-            if part is not None:
-                part.session.close()
+        for part in (self._patches, *self._segments, *self._routers):
+            part.session.close()
 
 
 class _Part:
-    """A graph, and which of a task's parameters it takes."""
+    """A graph, and which of the values at hand it takes."""
 
     def __init__(self, session: OnnxSession) -> None:
         self.session = session
         self._names = session.input_names()
 
     def run(self, images: Feeds, parameters: Mapping[str, NDArray[Any]] = NONE) -> Feeds:
-        wanted = {name: parameters[name] for name in self._names if name in parameters}
-        return self.session.run(images | wanted)
+        return self.session.run(
+            {name: images[name] if name in images else parameters[name] for name in self._names}
+        )
 
 
 def _stacked_bases(directory: Path, manifest: Manifest) -> Feeds:
