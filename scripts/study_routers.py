@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from mass_export.artifact import Artifact
 from mass_export.baselines import evaluate_baselines
-from mass_export.calibration import calibrate_pool, calibrate_task_images
+from mass_export.calibration import calibrate_pool, calibrate_task_images, tap_features
 from mass_export.datasets import load_labelled_images
 from mass_export.head_evidence import judge_heads
 from mass_export.heads import Head
@@ -35,6 +35,7 @@ from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.recipe import Recipe, load_recipe
 from mass_export.router_spec import RouterSettings, default_router
+from mass_export.routing import projection_residuals
 from mass_export.synthetic_images import synthetic_images
 from runtime.bundle import TaskSpec
 from runtime.routing import answer
@@ -99,24 +100,33 @@ class Suite:
             np.stack(logits),
         )
 
-    def score(self, artifact: Artifact, tasks: Sequence[int] | None = None) -> dict[str, float]:
+    def score(
+        self, artifact: Artifact, tasks: Sequence[int] | None = None, splits: Sequence[str] = ("val", "test")
+    ) -> dict[str, float]:
         """Normalised joint accuracy and routing, on validation and test images of these tasks.
 
         Args:
             artifact: whose router is asked; it holds just these tasks.
             tasks: of the suite; None for all.
+            splits: which images.
         """
         tasks = list(range(len(self.recipe.tasks))) if tasks is None else list(tasks)
         model, found = MassModel(artifact), {}
-        for name, split in self.splits.items():
-            rows = np.flatnonzero(np.isin(split.task, tasks))
-            scores = np.concatenate([model.residuals(b).numpy() for b in batches(split.pixel_values[rows])])
-            found |= self._figures(name, artifact, tasks, rows, scores)
+        for name in splits:
+            rows = self.rows_of(name, tasks)
+            parts = batches(self.splits[name].pixel_values[rows])
+            scores = np.concatenate([model.residuals(part).numpy() for part in parts])
+            found |= self.figures(name, artifact, tasks, rows, scores)
         return found
 
-    def _figures(
+    def rows_of(self, name: str, tasks: Sequence[int]) -> NDArray[np.int64]:
+        """Images of these tasks in a split."""
+        return np.flatnonzero(np.isin(self.splits[name].task, tasks))
+
+    def figures(
         self, name: str, artifact: Artifact, tasks: list[int], rows: NDArray[np.int64], scores: Any
     ) -> dict[str, float]:
+        """The same from scores that are there. [n, T]"""
         split, model = self.splits[name], MassModel(artifact)
         specs, columns = self._specs(tasks)
 
@@ -200,11 +210,20 @@ def without_task_component(heads: Sequence[Head]) -> tuple[Head, ...]:
 
 def best_single_layer(suite: Suite, artifact: Artifact, tasks: Sequence[int] | None = None) -> dict[str, Any]:
     """The paper's router with top-1 gates at the block that is best on validation images."""
-    rows = [
-        {"layer": layer, **suite.score(routed_by(artifact, layers=(layer,), mode="top1"), tasks)}
-        for layer in range(suite.recipe.vision.layers)
-    ]
-    return max(rows, key=lambda row: row["val_joint"])
+    tasks = list(range(len(suite.recipe.tasks))) if tasks is None else list(tasks)
+    rows: list[dict[str, Any]] = [{"layer": tap.layer} for tap in artifact.info.taps()]
+    for name in suite.splits:
+        chosen = suite.rows_of(name, tasks)
+        features = tap_features(
+            artifact, suite.splits[name].pixel_values[chosen], artifact.info.taps(), Progress(quiet=True)
+        )
+        for row, tap in zip(rows, artifact.info.taps(), strict=True):
+            bases = [of_task[tap.parameter].double() for of_task in artifact.routing_bases]
+            residuals = projection_residuals(features[tap], bases, "l2").numpy()
+            alone = routed_by(artifact, layers=(tap.layer,), mode="top1")
+            row.update(suite.figures(name, alone, tasks, chosen, residuals))
+    best = max(rows, key=lambda row: row["val_joint"])
+    return best | {"blocks": best["layer"] + 0.5}
 
 
 def study(suite: Suite, seed: int = 0) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def test_graphs_answer_as_the_eager_model_does(artifact: Artifact, tmp_path: Pat
 
 @pytest.mark.parametrize(("margin", "goes_on"), [(0.0, False), (1e9, True)])
 def test_images_that_are_sure_run_no_further_block(
-    artifact: Artifact, tmp_path: Path, margin: float, goes_on: bool
+    artifact: Artifact, tmp_path: Path, *, margin: float, goes_on: bool
 ) -> None:
     path = tmp_path / "merged.safetensors"
     write_artifact(path, with_margin(artifact, margin))
