@@ -49,7 +49,7 @@ LAYER_TOLERANCE = 0.005
 # Weight of a discriminant whose labels are the router's own answers, beside these answers' score.
 PSEUDO_WEIGHT = 0.1
 # The share of calibration images whose margin counts as unsure, and the prior's weight against the heads' confidence.
-UNSURE_SHARE = 0.3
+UNSURE_SHARE = 0.05
 VERIFY_PRIOR = 0.1
 # The share of images like those of the calibration that may be called unknown.
 FALSE_ALARMS = 0.05
@@ -163,7 +163,7 @@ def calibrate_task_images(
         artifact: to calibrate; an older calibration is replaced.
         images: normalised images by task, at least two each. [n_i, 3, H, W]
         tap: the last one that the discriminant reads.
-        verify: run the two best tasks where the margin is below that of 30% of the images, as cross-validation sees
+        verify: run the two best tasks where the margin is below that of 5% of the images, as cross-validation sees
             them; the heads' confidence then counts ten times as much as the posterior.
         stop_early: let images stop at earlier blocks that are sure of them, where all tasks have images.
         residual_weight: weight of the calibrated residuals beside the discriminant.

@@ -2,7 +2,7 @@
 
 Most images are told apart after a few blocks, some never before the last. So an image is read up to the first of at
 most two early stops at which its best task leads the second by a margin, else to the end. Stops and margin are those
-that run the fewest blocks over the calibration images, as cross-validation sees them, while next to none of these stops
+that run the fewest blocks over the calibration images, as cross-validation sees them, while none of these stops
 with a wrong task that the end would have got right.
 """
 
@@ -21,8 +21,8 @@ from runtime.verification import two_best
 MOST_STOPS = 2
 # What a stop itself costs, in blocks: the CLS token's attention, and a batch that is divided.
 STOP_COST = 0.3
-# The share of images that may stop with a wrong task though the end knows better.
-HARM = 0.0025
+# The share of calibration images that may stop with a wrong task though the end knows better.
+HARM = 0.0
 MARGINS = 100
 # Fewer images than this of each task say too little about how sure is sure.
 LEAST_IMAGES = 20
