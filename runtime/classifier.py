@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import typing
@@ -21,13 +22,13 @@ from runtime.bundle import (
     HeadChoice,
     RouterSpec,
     Verify,
-    check_files,
     read_manifest,
     router_fault,
 )
 from runtime.cores import CoreCache
 from runtime.device_array import DeviceArray, is_foreign_device_array
 from runtime.errors import BackendError, InputError
+from runtime.integrity import check_bundle, extra_files, require_unchanged
 from runtime.one_task import OneTaskPass
 from runtime.prediction import ForwardResult, Prediction, joined, predictions_from_result
 from runtime.preprocess import ImageSource, pixel_values_from_images
@@ -37,6 +38,8 @@ from runtime.second_pass import TaskSet, run_second_pass
 from runtime.verification import verify_routes
 
 __all__ = ["Classifier", "ForwardResult", "Prediction"]
+
+_LOG = logging.getLogger(__name__)
 
 
 class Classifier:
@@ -110,7 +113,9 @@ class Classifier:
             head_choice=head_choice,
             unknown_threshold=unknown_threshold,
         )
-        check_files(directory, self.manifest.files, verify)
+        check_bundle(directory, self.manifest, verify)
+        if extra := extra_files(directory, self.manifest):
+            _LOG.warning("%s: holds files that are not of the bundle: %s", directory, ", ".join(extra))
         self.tasks = tuple(task.name for task in self.manifest.tasks)
         self.classes = {task.name: task.classes for task in self.manifest.tasks}
         self._directory = directory
@@ -134,6 +139,7 @@ class Classifier:
         self._batch_size = min([batch_size, *(limit for limit in limits if limit is not None)])
         self.provider = self._second.provider
         self._closed = False
+        require_unchanged(directory, self.manifest)
 
     def __repr__(self) -> str:
         return f"Classifier({str(self._directory)!r}, provider={self.provider!r}, tasks={list(self.tasks)})"

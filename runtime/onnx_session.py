@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.cores import CoreCache, stacked_cores
-from runtime.errors import BackendError
+from runtime.errors import BackendError, BundleError
 
 OnnxProvider = Literal["cpu", "cuda", "tensorrt"]
 
@@ -166,9 +166,18 @@ class OnnxSession:
 class LazySession:
     """A graph that is loaded when it is first run: what is seldom needed costs neither time nor memory before."""
 
-    def __init__(self, path: Path, num_threads: int | None = None) -> None:
-        """Remember what to load; it runs on the CPU."""
+    def __init__(
+        self, path: Path, num_threads: int | None = None, check: Callable[[], None] | None = None
+    ) -> None:
+        """Remember what to load; it runs on the CPU.
+
+        Args:
+            path: ONNX file; its external data lies beside it.
+            num_threads: threads within an operator; None lets ONNX Runtime choose.
+            check: called once it is loaded; a BundleError says that the file is not the one that was meant.
+        """
         self.path = path
+        self._check = check
         self._num_threads = num_threads
         self._session: OnnxSession | None = None
         self._closed = False
@@ -202,9 +211,18 @@ class LazySession:
             if self._closed:
                 raise BackendError(f"{self.path.name}: the session is closed.")
             if self._session is None:
-                self._session = OnnxSession(self.path, "cpu", self._num_threads)
+                self._session = self._load()
             session = self._session
         return session.run(feeds)
+
+    def _load(self) -> OnnxSession:
+        session = OnnxSession(self.path, "cpu", self._num_threads)
+        try:
+            if self._check is not None:
+                self._check()
+        except BundleError as error:
+            raise BackendError(f"{self.path.name}: cannot be loaded any more: {error}") from error
+        return session
 
     def close(self) -> None:
         """Release the graph, if it was loaded; runs that are under way finish."""
