@@ -83,7 +83,9 @@ def export_bundle(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with staging(out) as scratch:
-            staged = _stage(artifact, artifact_path, scratch, precision, progress, precise_router=precise_router)
+            staged = _stage(
+                artifact, artifact_path, scratch, precision, progress, precise_router=precise_router
+            )
             if verify:
                 verify_bundle(artifact, staged, progress=progress)
             if engines is not None:

@@ -226,7 +226,9 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=1, help="kill before every n-th file operation")
     parser.add_argument("--rounds", type=int, default=5, help="of four exports at once")
     parser.add_argument("--full-disks", type=int, default=0, help="exports on a small tmpfs; needs root")
-    parser.add_argument("--verify", action="store_true", help="exports compare with the eager model, as by default")
+    parser.add_argument(
+        "--verify", action="store_true", help="exports compare with the eager model, as by default"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
