@@ -131,7 +131,10 @@ def find_lost_tasks(routes: Routes, source: Source) -> list[Finding]:
         if went.sum() < FEWEST_IMAGES or (shares[index] >= LOST_RECALL and others[to] <= CONFUSED_SHARE):
             continue
         lost = shares[index] < LOST_RECALL
-        seen = f"Of {went.sum()} images of {name}, {shares[index]:.0%} are routed to it and {others[to]:.0%} to {routes.tasks[to]}."
+        seen = (
+            f"Of {went.sum()} images of {name}, {shares[index]:.0%} are routed to it and {others[to]:.0%} to "
+            f"{routes.tasks[to]}."
+        )
         advice = "mass calibrate --task-images with some images of both tasks"
         advice += "; check that the checkpoint is of this task." if lost else "; or make the two one task."
         severity = "problem" if lost else "warning"
@@ -171,7 +174,7 @@ def find_set_sizes(routes: Routes, source: Source) -> list[Finding]:
     if full < FULL_SETS:
         return []
     seen = f"{full:.0%} of the images get {cap} tasks, as many as they may: the gates hardly differ."
-    advice = "Raise the threshold or lower the temperature; every further task of a set costs time and blurs the answer."
+    advice = "Raise the threshold or lower the temperature: each further task of a set costs time and blurs the answer."
     return [Finding("set_sizes", "warning", (), seen, advice)]
 
 

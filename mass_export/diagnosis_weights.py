@@ -158,7 +158,9 @@ def find_head_scales(source: Source) -> list[Finding]:
     """Heads of very different scale, of which the loudest wins wherever heads compete."""
     if source.heads is None or len(source.classes) < 2:
         return []
-    lengths = {name: float(np.linalg.norm(w, axis=1).mean()) for name, w in source.heads.items()}
+    lengths = {
+        name: float(np.linalg.norm(w.astype(np.float64), axis=1).mean()) for name, w in source.heads.items()
+    }
     loud, quiet = (pick(lengths, key=lengths.__getitem__) for pick in (max, min))
     if lengths[loud] <= HEAD_SCALE_RATIO * lengths[quiet]:
         return []
@@ -203,7 +205,10 @@ def find_router_settings(source: Source) -> list[Finding]:
     odds = (T - 1) * math.exp(-T / math.sqrt(T) / router["temperature"])
     highest, threshold = 1 / (1 + odds), router["threshold"]
     if highest <= threshold:
-        seen = f"With {T} tasks and temperature {router['temperature']:g} no gate exceeds {highest:.2f}; the threshold is {threshold:g}."
+        seen = (
+            f"With {T} tasks and temperature {router['temperature']:g} no gate exceeds {highest:.2f}; the threshold is "
+            f"{threshold:g}."
+        )
         advice = "Lower the threshold or the temperature; as it is, every image gets its best task alone (mode: top1)."
         return [Finding("router_settings", "warning", (), seen, advice)]
     if T == 2:

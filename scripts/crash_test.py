@@ -1,4 +1,4 @@
-"""Kill exports over an existing bundle, fill the disk under them, run several at once; each time, does the bundle answer?
+"""Kill exports over an existing bundle, run several at once, fill the disk: does the bundle answer each time?
 
     python scripts/crash_test.py --kills 200 --full-disks 20
 
@@ -83,6 +83,7 @@ def killed(work: Callable[[], Any], *, after_s: float | None = None, before_even
 
 
 def kill_before(number: int) -> None:
+    """Kill this process before its n-th file operation from here."""
     left = number
 
     def hook(event: str, _: object) -> None:
@@ -113,10 +114,12 @@ class Target:
         return found
 
     def other(self) -> str:
+        """The one that is not there."""
         return "new" if self.read() == "old" else "old"
 
 
 def kill_randomly(target: Target, kills: int, rng: np.random.Generator) -> int:
+    """Kill at times drawn evenly over (a little more than) the time of a whole write; how often it was in time."""
     start = time.perf_counter()
     in_child(lambda: target.write("old"))
     duration_s = time.perf_counter() - start
@@ -129,6 +132,7 @@ def kill_randomly(target: Target, kills: int, rng: np.random.Generator) -> int:
 
 
 def kill_before_every_operation(target: Target, stride: int) -> int:
+    """Kill before the first, then before a later operation, until a write gets through; how many kills."""
     done = 0
     while killed(lambda: target.write(target.other()), before_event=done * stride):
         target.check()
@@ -137,6 +141,7 @@ def kill_before_every_operation(target: Target, stride: int) -> int:
 
 
 def run_together(target: Target, processes: int, rounds: int) -> int:
+    """Write old and new from several processes at once; none may fail."""
     for _ in range(rounds):
         children = []
         for number in range(processes):
@@ -157,6 +162,7 @@ def run_together(target: Target, processes: int, rounds: int) -> int:
 
 @contextlib.contextmanager
 def small_disk(nbytes: int) -> Iterator[Path]:
+    """A file system in memory of this size."""
     with tempfile.TemporaryDirectory() as place:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", place], check=True)
         try:
@@ -184,6 +190,7 @@ def fill_disks(target: Target, disk: Path, out: Path, tries: int, rng: np.random
 
 
 def bundle_target(artifacts: dict[str, Path], out: Path, *, verify: bool) -> Target:
+    """A bundle, told by its logits; both are written once to learn them."""
     loaded: dict[str, Artifact] = {name: read_artifact(path) for name, path in artifacts.items()}
     spec = loaded["old"].info.vision
     shape = (2, 3, *spec.image_size)
@@ -209,6 +216,7 @@ def bundle_target(artifacts: dict[str, Path], out: Path, *, verify: bool) -> Tar
 
 
 def artifact_target(artifacts: dict[str, Path], out: Path) -> Target:
+    """An artifact, told by the scale of its first head."""
     loaded = {name: read_artifact(path) for name, path in artifacts.items()}
     scales = {name: float(artifact.heads[0].weight.sum()) for name, artifact in loaded.items()}
 
@@ -220,6 +228,7 @@ def artifact_target(artifacts: dict[str, Path], out: Path) -> Target:
 
 
 def main() -> None:
+    """Run everything and print the counts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--recipe", type=Path, default=Path("examples/zoo/core.yaml"))
     parser.add_argument("--kills", type=int, default=50, help="at random times, of each kind")

@@ -30,7 +30,7 @@ def content(out: Path) -> set[str]:
     try:
         texts = set()
         for name in FILES:
-            with open(os.open(name, os.O_RDONLY, dir_fd=handle), encoding="utf-8") as file:
+            with os.fdopen(os.open(name, os.O_RDONLY, dir_fd=handle)) as file:
                 texts.add(file.read())
         return texts
     finally:
@@ -154,7 +154,7 @@ def test_a_directory_in_use_is_not_taken_for_a_left_one(tmp_path: Path) -> None:
 def test_a_failing_rename_leaves_the_old_one(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(out, "old")
 
-    def refuse(self: Path, target: Path) -> None:
+    def refuse(_: Path, target: Path) -> None:
         raise PermissionError(13, "Permission denied", str(target))
 
     with staging(out) as scratch:
