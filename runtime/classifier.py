@@ -43,7 +43,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Classifier:
-    """One model for all tasks of a bundle. Thread-safe; a context manager.
+    """One model for all tasks of a bundle. Thread-safe; a context manager. A forked process must make its own.
 
     Attributes:
         provider: where it runs: `cpu`, `cuda` or `tensorrt`.
@@ -139,6 +139,7 @@ class Classifier:
         self._batch_size = min([batch_size, *(limit for limit in limits if limit is not None)])
         self.provider = self._second.provider
         self._closed = False
+        self._process = os.getpid()
         require_unchanged(directory, self.manifest)
 
     def __repr__(self) -> str:
@@ -279,6 +280,11 @@ class Classifier:
         return logits
 
     def _require_open(self) -> None:
+        if os.getpid() != self._process:
+            raise BackendError(
+                "the classifier was made before this process was forked, and its threads are not here; make a new one "
+                "in this process."
+            )
         if self._closed:
             raise BackendError("the classifier is closed; make a new one.")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -120,6 +123,7 @@ class OnnxSession:
         self.path = path
         self._provider = provider
         self._session: Any = session
+        _LIVE.add(self)
 
     @property
     def provider(self) -> str:
@@ -161,6 +165,24 @@ class OnnxSession:
     def close(self) -> None:
         """Release the graph; runs that are under way finish."""
         self._session = None
+
+    def abandon(self) -> None:
+        """Close without releasing: in a forked process, whose threads are missing, ONNX Runtime would wait for them."""
+        if self._session is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
+        self._session = None
+
+
+_LIVE: weakref.WeakSet[OnnxSession] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for session in list(_LIVE):
+        session.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
 
 
 class LazySession:
