@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +15,9 @@ from hypothesis import strategies as st
 from mass_export.artifact import read_artifact, write_artifact
 from mass_export.artifact_header import FORMAT, info_from_metadata, metadata_from_info
 from mass_export.errors import ArtifactError, MassExportError
+from mass_export.image_pool import load_pool
 from mass_export.merge import merge
+from mass_export.model_config import preprocess_spec_from_config
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
 
@@ -96,3 +100,20 @@ def test_a_damaged_artifact_is_never_taken_for_the_whole_one(pico_files, tmp_pat
         return
     with pytest.raises(ArtifactError):
         read_artifact(damaged)
+
+
+@given(st.data())
+@settings(**SLOW)
+def test_a_damaged_array_file_is_read_or_refused(pico_vision, tmp_path, data) -> None:
+    path, spec = tmp_path / "pool.npz", preprocess_spec_from_config({}, pico_vision.image_size, "here")
+    file = io.BytesIO()
+    save = np.savez_compressed if data.draw(st.booleans()) else np.savez
+    save(file, images=np.random.default_rng(0).integers(0, 256, (2, 5, 5, 3), dtype=np.uint8))
+    changed = bytearray(file.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(changed)
+    try:
+        assert np.isfinite(load_pool(path, spec)).all()
+    except MassExportError as error:
+        assert str(path) in str(error)  # noqa: PT017 - other exceptions are the failure
