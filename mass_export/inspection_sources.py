@@ -125,7 +125,8 @@ def source_from_bundle(directory: Path) -> Source:
     check_files(directory, manifest.files, verify="size")
     matrices = []
     for matrix in manifest.matrices:
-        stacks = (map_array(directory, stored) for stored in (matrix.u_t, matrix.s, matrix.vh))
+        stored = ((matrix.u_t, matrix.u_scale), (matrix.s, None), (matrix.vh, matrix.vh_scale))
+        stacks = (_stack(directory, array, scale) for array, scale in stored)
         rows = ([stack[i, :rank] for i, rank in enumerate(matrix.ranks)] for stack in stacks)
         matrices.append(MatrixRows(matrix.name, matrix.ranks, *rows))
     arrays = _graph_arrays(directory, manifest)
@@ -154,6 +155,12 @@ def source_from_bundle(directory: Path) -> Source:
         parts=parts,
         provenance=manifest.provenance,
     )
+
+
+def _stack(directory: Path, stored: StoredArray, scale: StoredArray | None) -> NDArray[np.floating[Any]]:
+    """Bases or singular values of all tasks; of int8 bases the rows' scales are multiplied in."""
+    stack: NDArray[np.floating[Any]] = map_array(directory, stored)
+    return stack if scale is None else stack * map_array(directory, scale)[:, :, None]
 
 
 def _router(settings: Mapping[str, Any], layers: Iterable[int], taps: Iterable[str]) -> dict[str, Any]:

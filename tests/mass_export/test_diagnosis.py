@@ -26,7 +26,7 @@ from mass_export.errors import ArtifactError, DataError
 from mass_export.heads import Head
 from mass_export.image_pool import load_pool
 from mass_export.merge import merge
-from mass_export.onnx_export import write_bundle
+from mass_export.onnx_export import export_bundle, write_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
 from runtime.errors import BundleError
@@ -89,6 +89,15 @@ def test_sound_weights_give_no_finding(pico_files, saved) -> None:
     assert diagnosis.findings == ()
     assert {check.outcome for check in diagnosis.checks} == {"ok"}
     assert len(diagnosis.checks) >= 8
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_sound_bundles_of_fewer_bits_give_no_finding(pico_files, tmp_path, precision) -> None:
+    artifact, path = merged(pico_files(3, router="default")), tmp_path / "merged.safetensors"
+    write_artifact(path, artifact)
+    out = tmp_path / precision
+    bundle = export_bundle(artifact, path, out, verify=False, progress=QUIET, precision=precision)
+    assert diagnose(bundle, QUIET).findings == ()
 
 
 @pytest.mark.filterwarnings("ignore::mass_export.task_factors.UnroutableTaskWarning")
