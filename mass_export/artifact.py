@@ -1,6 +1,7 @@
 """The merged artifact: one self-describing safetensors file with everything that export needs.
 
-The header's metadata holds `format`, `schema_version` and `info` (an `ArtifactInfo` in JSON). Tensors:
+The header's metadata holds `format`, `schema_version`, `info` (an `ArtifactInfo` in JSON) and `sha256` (of the file,
+see `mass_export.safetensors_writer`). Tensors:
 
     base.<parameter>                     the base tower
     merged.<parameter>                   the tower of the first pass; absent when base_merge is zeroshot
@@ -36,7 +37,7 @@ from mass_export.factor_storage import Storage, decode, encode, storage_of
 from mass_export.heads import Head
 from mass_export.low_rank import LowRank, orthonormal_rows
 from mass_export.router_spec import CalibrationInfo
-from mass_export.safetensors_writer import write_safetensors
+from mass_export.safetensors_writer import has_its_checksum, write_safetensors
 from mass_export.spec import ArtifactInfo
 
 STOPS = ("stop_weight", "stop_bias", "stop_whiten", "stop_centres")
@@ -175,6 +176,10 @@ def read_artifact(path: Path) -> Artifact:
     _check_layout(tensors, info, str(path))
     tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
     _check_values(tensors, str(path))
+    if has_its_checksum(path) is False:
+        raise ArtifactError(
+            f"{path}: was changed since it was written (its sha256 differs). Copy or merge the artifact again."
+        )
     return dataclasses.replace(_artifact_from_tensors(info, tensors), storage=storage)
 
 

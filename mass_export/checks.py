@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any, Self, TypeGuard, get_args
 
@@ -29,7 +29,9 @@ def is_int(value: object) -> TypeGuard[int]:
 
 def is_real(value: object) -> TypeGuard[float]:
     """True for finite int or float, not for booleans."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # isfinite fails where an int is too large
 
 
 def require_at_least(name: str, value: object, low: int, *, optional: bool = False) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from runtime.engine_spec import Precision
     from runtime.provider import Provider
 
+FOUND_PROBLEMS = 3
 FILE = click.Path(path_type=Path, dir_okay=False)
 PROVIDER = click.Choice(["auto", "cpu", "cuda", "tensorrt"])
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
@@ -299,6 +300,58 @@ def inspect_command(path: Path, *, as_json: bool, quiet: bool) -> None:
     from mass_export.inspection_tables import print_inspection  # noqa: PLC0415
 
     print_inspection(inspection, Console())
+
+
+@main.command(
+    epilog=_example(
+        "mass doctor merged.safetensors",
+        "mass doctor engines/ --data examples/zoo",
+        "mass doctor engines/ --images photos/ --json",
+    )
+)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--data", type=DIRECTORY, help="Labelled images of every task: also look at how they are routed."
+)
+@click.option("--split", default="val", show_default=True, help="Which of them.")
+@click.option(
+    "--images", type=click.Path(path_type=Path), help="Unlabelled images instead: a folder or .npz file."
+)
+@click.option("--strict", is_flag=True, help="Exit with 3 for warnings, too.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; see mass_export.diagnosis_report.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
+def doctor(
+    path: Path,
+    data: Path | None,
+    split: str,
+    images: Path | None,
+    *,
+    strict: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Look for known ways to fail in an artifact or a bundle.
+
+    Damaged files, task vectors that are zero, alike or of another base, too low a rank, ill-conditioned stacks, heads
+    of unlike scale; with images also a router that always takes the same task, tasks that are never found, ties.
+
+    Exit code: 0 without problems, 3 with problems, 1 if PATH or the images cannot be read.
+    """
+    from mass_export.diagnosis import diagnose, json_from_diagnosis  # noqa: PLC0415
+    from mass_export.progress import Progress  # noqa: PLC0415
+
+    diagnosis = diagnose(path, Progress(quiet=quiet), data=data, split=split, images=images)
+    if as_json:
+        click.echo(json_from_diagnosis(diagnosis))
+    else:
+        from rich.console import Console  # noqa: PLC0415
+
+        from mass_export.diagnosis_report import print_diagnosis  # noqa: PLC0415
+
+        print_diagnosis(diagnosis, Console())
+    failing = ("problem", "warning") if strict else ("problem",)
+    if diagnosis.worst in failing:
+        click.get_current_context().exit(FOUND_PROBLEMS)
 
 
 @main.command("eval", epilog=_example("mass eval --bundle engines/ --data examples/zoo --json scores.json"))

@@ -9,11 +9,13 @@ by batch; an array file is read when its task's turn comes.
 
 from __future__ import annotations
 
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +32,13 @@ IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )
 MAX_ARRAY_BYTES = 8 << 30
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    SyntaxError,
+    KeyError,
+)  # SyntaxError: a header of numpy's
 
 
 @dataclass(frozen=True)
@@ -113,21 +122,37 @@ def _places(data: Path, task: str, split: str) -> list[tuple[Path, Path]]:
     return [(place / f"{split}.npz", place / split) for place in (data / "data" / task, data / task)]
 
 
-def _from_array_file(file: Path, task: TaskInfo) -> LabelledImages:
+def read_arrays(file: Path, *names: str) -> list[NDArray[Any]]:
+    """Arrays of an `.npz` file by name; nothing is unpickled, and what would unpack to more than 8 GiB is refused.
+
+    Raises:
+        DataError: no such file, damaged, too large, or without one of the arrays.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             size = sum(member.file_size for member in archive.infolist())
-        if size > MAX_ARRAY_BYTES:
-            raise DataError(f"{file}: {size} bytes when unpacked, more than {MAX_ARRAY_BYTES}; use folders.")
         with np.load(file, allow_pickle=False) as arrays:
-            missing = {"images", "labels"} - set(arrays.files)
-            if missing:
-                raise DataError(f"{file}: no array named {' or '.join(sorted(missing))}.")
-            images, labels = arrays["images"], arrays["labels"]
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, DataError):
-            raise
+            missing = set(names) - set(arrays.files)
+            found = [arrays[name] for name in names] if not missing and size <= MAX_ARRAY_BYTES else []
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        MemoryError,
+        NotImplementedError,
+        RuntimeError,
+        *_DAMAGED,
+    ) as error:
         raise DataError(f"{file}: not an array file that numpy.savez wrote ({error}).") from error
+    if size > MAX_ARRAY_BYTES:
+        raise DataError(f"{file}: {size} bytes when unpacked, more than {MAX_ARRAY_BYTES}; use folders.")
+    if missing:
+        raise DataError(f"{file}: no array named {' or '.join(sorted(missing))}.")
+    return found
+
+
+def _from_array_file(file: Path, task: TaskInfo) -> LabelledImages:
+    images, labels = read_arrays(file, "images", "labels")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise DataError(
             f"{file}: images: expected uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} "

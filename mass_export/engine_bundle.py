@@ -29,6 +29,8 @@ from runtime.engine_keys import engine_file_name, engine_key
 from runtime.engine_settings import EngineSettings, find_tensorrt
 from runtime.engine_spec import EngineKey, EngineSpec, Precision
 from runtime.errors import EngineError
+from runtime.graph_files import check_graph_files
+from runtime.integrity import graph_files
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def build_engines(
     manifest = read_manifest(bundle)
     engine_files = {engine.file for engine in manifest.engines}
     check_files(bundle, {name: spec for name, spec in manifest.files.items() if name not in engine_files})
+    for name in graph_files(manifest):
+        check_graph_files(bundle / name, manifest.files)
     tensorrt = find_tensorrt(settings.flavour)
     precision = _precision(settings, manifest)
     int8 = _Int8(bundle, manifest, settings, progress) if precision == "int8" else None

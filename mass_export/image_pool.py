@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mass_export.datasets import IMAGE_SUFFIXES, LabelledImages
+from mass_export.datasets import IMAGE_SUFFIXES, LabelledImages, read_arrays
 from mass_export.errors import DataError
 from runtime.bundle import PreprocessSpec
 
@@ -41,11 +41,7 @@ def load_pool(place: Path, spec: PreprocessSpec, limit: int | None = None) -> ND
 
 
 def _array(file: Path) -> NDArray[np.uint8]:
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            images: NDArray[np.uint8] = arrays["images"]
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise DataError(f"{file}: no array file with an array 'images' ({error}).") from error
+    (images,) = read_arrays(file, "images")
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(
             f"{file}: images: expected uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} {images.shape}."

@@ -36,11 +36,12 @@ _PARTS_OF_ARRAYS["calibration"] = "router"
 
 @dataclass(frozen=True)
 class MatrixRows:
-    """One matrix' bases as rows, T arrays each: u_t [R_i, D_out], vh [R_i, D_in]."""
+    """One matrix' bases as rows, T arrays each: u_t [R_i, D_out], s [R_i], vh [R_i, D_in]."""
 
     name: str
     ranks: tuple[int, ...]
     u_t: Rows
+    s: Rows
     vh: Rows
 
 
@@ -52,6 +53,8 @@ class Source:
         classes: number of classes by task, in the order of the tasks.
         router: settings of the router, as `Inspection` has them.
         merge: settings of the merge, likewise.
+        heads: class vectors by task, [C, E] each; None where a bundle does not hold them in floating point.
+        base_norm: of the base's matrices together (Frobenius); None where, likewise.
         taps: the router's bases, by the matrix whose input it reads; none where a bundle's router has learned to do
             without residuals. T of [R_i, D] each
     """
@@ -63,6 +66,8 @@ class Source:
     router: dict[str, Any]
     merge: dict[str, Any]
     matrices: tuple[MatrixRows, ...]
+    heads: dict[str, NDArray[np.floating[Any]]] | None
+    base_norm: float | None
     taps: dict[str, Rows]
     parts: dict[Part, Size]
     provenance: dict[str, Any]
@@ -88,9 +93,8 @@ def source_from_artifact(path: Path) -> Source:
     for name in info.vision.matrix_names():
         factors = [task.matrices[name] for task in artifact.tasks]
         ranks = tuple(f.rank for f in factors)
-        matrices.append(
-            MatrixRows(name, ranks, [f.u.numpy().T for f in factors], [f.vh.numpy() for f in factors])
-        )
+        rows = ([getattr(f, part).numpy() for f in factors] for part in ("s", "vh"))
+        matrices.append(MatrixRows(name, ranks, [f.u.numpy().T for f in factors], *rows))
     taps: dict[str, Rows] = {
         name: [bases[name].numpy() for bases in artifact.router_bases] for name in artifact.router_bases[0]
     }
@@ -103,6 +107,8 @@ def source_from_artifact(path: Path) -> Source:
         | {"calibration": None if info.calibration is None else dataclasses.asdict(info.calibration)},
         merge=dataclasses.asdict(info.merge),
         matrices=tuple(matrices),
+        heads={task.name: h.weight.numpy() for task, h in zip(info.tasks, artifact.heads, strict=True)},
+        base_norm=_norm(artifact.base[name].numpy() for name in info.vision.matrix_names()),
         taps=taps,
         parts=_artifact_parts(path),
         provenance=info.provenance,
@@ -119,7 +125,8 @@ def source_from_bundle(directory: Path) -> Source:
     check_files(directory, manifest.files, verify="size")
     matrices = []
     for matrix in manifest.matrices:
-        stacks = (map_array(directory, stored) for stored in (matrix.u_t, matrix.vh))
+        stored = ((matrix.u_t, matrix.u_scale), (matrix.s, None), (matrix.vh, matrix.vh_scale))
+        stacks = (_stack(directory, array, scale) for array, scale in stored)
         rows = ([stack[i, :rank] for i, rank in enumerate(matrix.ranks)] for stack in stacks)
         matrices.append(MatrixRows(matrix.name, matrix.ranks, *rows))
     arrays = _graph_arrays(directory, manifest)
@@ -142,10 +149,18 @@ def source_from_bundle(directory: Path) -> Source:
             "head_choice": manifest.router.head_choice,
         },
         matrices=tuple(matrices),
+        heads=_heads(directory, manifest, arrays),
+        base_norm=_base_norm(directory, arrays),
         taps=taps,
         parts=parts,
         provenance=manifest.provenance,
     )
+
+
+def _stack(directory: Path, stored: StoredArray, scale: StoredArray | None) -> NDArray[np.floating[Any]]:
+    """Bases or singular values of all tasks; of int8 bases the rows' scales are multiplied in."""
+    stack: NDArray[np.floating[Any]] = map_array(directory, stored)
+    return stack if scale is None else stack * map_array(directory, scale)[:, :, None]
 
 
 def _router(settings: Mapping[str, Any], layers: Iterable[int], taps: Iterable[str]) -> dict[str, Any]:
@@ -226,3 +241,26 @@ def _taps(directory: Path, tasks: int, arrays: Mapping[str, StoredArray]) -> dic
         elif key.endswith(".vh"):
             taps[name.removesuffix(".vh")] = list(array)
     return taps
+
+
+def _heads(
+    directory: Path, manifest: Manifest, arrays: Mapping[str, StoredArray]
+) -> dict[str, NDArray[np.floating[Any]]] | None:
+    stored = arrays.get("heads.weight.T")
+    if stored is None or not stored.dtype.startswith("float") or stored.shape[1] != manifest.tasks[-1].stop:
+        return None
+    weight = map_array(directory, stored)
+    return {task.name: weight[:, task.start : task.stop].T for task in manifest.tasks}
+
+
+def _base_norm(directory: Path, arrays: Mapping[str, StoredArray]) -> float | None:
+    stored = {
+        (a.file, a.offset): a for name, a in arrays.items() if name.startswith("base.") and len(a.shape) == 2
+    }
+    if not all(array.dtype.startswith("float") for array in stored.values()):
+        return None
+    return _norm(map_array(directory, array) for array in stored.values())
+
+
+def _norm(arrays: Iterable[NDArray[Any]]) -> float:
+    return math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays))

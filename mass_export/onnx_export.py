@@ -1,10 +1,9 @@
-"""Artifact -> bundle: two ONNX graphs, one weights file, a manifest; written aside and renamed."""
+"""Artifact -> bundle: two ONNX graphs, one weights file, a manifest; written aside, then put in place."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,6 +19,7 @@ from mass_export.graph import Graph
 from mass_export.one_task import write_one_task
 from mass_export.progress import Progress
 from mass_export.second_pass import AdaptiveLayers, add_second_pass, store_bases, store_vectors
+from mass_export.staging import replace_directory, staging
 from mass_export.verify import verify_bundle
 from mass_export.vit_graph import Layers
 from mass_export.weights_file import WeightsFile
@@ -59,8 +59,8 @@ def export_bundle(
 ) -> Path:
     """Write a bundle directory.
 
-    Everything is written to a temporary directory beside `out`, verified there, and renamed; an existing bundle
-    is replaced only then.
+    Everything is written to a temporary directory beside `out`, verified there, and then takes its name in one step;
+    a kill or a full disk leaves what was there. Of several exports to one place at a time, the last one stays.
 
     Args:
         artifact: what to export.
@@ -80,25 +80,49 @@ def export_bundle(
     out = out.absolute()
     _check_replaceable(out)
     require_graph_precision(precision)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        staged = Path(scratch) / "bundle"
-        staged.mkdir()
-        manifest = write_bundle(artifact, artifact_path, staged, progress)
-        if precision != "fp32":
-            full, staged = staged, Path(scratch) / precision
-            staged.mkdir()
-            if precision == "int8":
-                convert_bundle_int8(full, manifest, staged, precise_router=precise_router)
-            else:
-                convert_bundle(full, manifest, staged, precision)
-            shutil.rmtree(full)
-        if verify:
-            verify_bundle(artifact, staged, progress=progress)
-        if engines is not None:
-            build_engines(staged, engines, progress=progress)
-        _replace(staged, out, Path(scratch) / "previous")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with staging(out) as scratch:
+            staged = _stage(
+                artifact, artifact_path, scratch, precision, progress, precise_router=precise_router
+            )
+            if verify:
+                verify_bundle(artifact, staged, progress=progress)
+            if engines is not None:
+                build_engines(staged, engines, progress=progress)
+            _check_replaceable(out)
+            replace_directory(staged, out)
+    except OSError as error:
+        raise ExportError(
+            f"{out}: cannot be written ({error.strerror or error}); what was there is unchanged. Make room or choose "
+            "another --out."
+        ) from error
     return out
+
+
+def _stage(
+    artifact: Artifact,
+    artifact_path: Path,
+    scratch: Path,
+    precision: Precision,
+    progress: Progress,
+    *,
+    precise_router: bool,
+) -> Path:
+    """Write the bundle below `scratch`, in its precision."""
+    staged = scratch / "fp32"
+    staged.mkdir()
+    manifest = write_bundle(artifact, artifact_path, staged, progress)
+    if precision == "fp32":
+        return staged
+    converted = scratch / precision
+    converted.mkdir()
+    if precision == "int8":
+        convert_bundle_int8(staged, manifest, converted, precise_router=precise_router)
+    else:
+        convert_bundle(staged, manifest, converted, precision)
+    shutil.rmtree(staged)
+    return converted
 
 
 def write_bundle(artifact: Artifact, artifact_path: Path, directory: Path, progress: Progress) -> Manifest:
@@ -220,16 +244,3 @@ def _check_replaceable(out: Path) -> None:
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST_FILE).is_file()):
         raise ExportError(f"{out}: exists and is not a bundle; choose another --out or remove it yourself.")
-
-
-def _replace(staged: Path, out: Path, previous: Path) -> None:
-    """Rename into place; a failure puts the previous bundle back."""
-    if out.exists():
-        out.rename(previous)
-    try:
-        staged.rename(out)
-    except OSError as error:
-        if previous.exists():
-            previous.rename(out)
-        raise ExportError(f"{out}: cannot rename the new bundle into place ({error}).") from error
-    shutil.rmtree(previous, ignore_errors=True)

@@ -13,6 +13,7 @@ from runtime.cuda_memory import CudaMemory
 from runtime.engine_cache import cache_directory, cached_engines
 from runtime.engine_spec import EngineKey, EngineSpec, Flavour, is_compatible
 from runtime.errors import BackendError
+from runtime.integrity import require_unchanged
 from runtime.onnx_session import LazySession, OnnxProvider, OnnxSession, is_offered
 from runtime.provider import Provider
 from runtime.session import Session
@@ -196,7 +197,15 @@ def _open_both(
 ) -> tuple[Session, Session]:
     first, second = (directory / manifest.passes[name].file for name in (FIRST_PASS, SECOND_PASS))
     if provider == "cpu" and manifest.one_task is not None:  # then only sets of several tasks need the second
+
+        def unchanged() -> None:
+            require_unchanged(directory, manifest)
+
         routed = bool(manifest.one_task.routers)  # and nothing the first
-        opened = LazySession(first, num_threads) if routed else OnnxSession(first, provider, num_threads)
-        return opened, LazySession(second, num_threads)
+        opened = (
+            LazySession(first, num_threads, unchanged)
+            if routed
+            else OnnxSession(first, provider, num_threads)
+        )
+        return opened, LazySession(second, num_threads, unchanged)
     return OnnxSession(first, provider, num_threads), OnnxSession(second, provider, num_threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import typing
@@ -22,7 +23,6 @@ from runtime.bundle import (
     HeadChoice,
     RouterSpec,
     Verify,
-    check_files,
     checked_meanwhile,
     read_manifest,
     router_fault,
@@ -30,6 +30,7 @@ from runtime.bundle import (
 from runtime.cores import CoreCache
 from runtime.device_array import DeviceArray, is_foreign_device_array
 from runtime.errors import BackendError, InputError
+from runtime.integrity import check_bundle, extra_files, require_unchanged
 from runtime.one_task import OneTaskPass
 from runtime.prediction import ForwardResult, Prediction, joined, predictions_from_result
 from runtime.preprocess import ImageSource, pixel_values_from_images
@@ -40,9 +41,11 @@ from runtime.verification import verify_routes
 
 __all__ = ["Classifier", "ForwardResult", "Prediction"]
 
+_LOG = logging.getLogger(__name__)
+
 
 class Classifier:
-    """One model for all tasks of a bundle. Thread-safe; a context manager.
+    """One model for all tasks of a bundle. Thread-safe; a context manager. A forked process must make its own.
 
     Attributes:
         provider: where it runs: `cpu`, `cuda` or `tensorrt`.
@@ -115,7 +118,9 @@ class Classifier:
             head_choice=head_choice,
             unknown_threshold=unknown_threshold,
         )
-        check_files(directory, self.manifest.files, "size")
+        check_bundle(directory, self.manifest, "size")
+        if extra := extra_files(directory, self.manifest):
+            _LOG.warning("%s: holds files that are not of the bundle: %s", directory, ", ".join(extra))
         self.tasks = tuple(task.name for task in self.manifest.tasks)
         self.classes = {task.name: task.classes for task in self.manifest.tasks}
         self._directory = directory
@@ -142,6 +147,8 @@ class Classifier:
         self._batch_size = min([batch_size, *(limit for limit in limits if limit is not None)])
         self.provider = self._second.provider
         self._closed = False
+        self._process = os.getpid()
+        require_unchanged(directory, self.manifest)
 
     def __repr__(self) -> str:
         return f"Classifier({str(self._directory)!r}, provider={self.provider!r}, tasks={list(self.tasks)})"
@@ -302,6 +309,11 @@ class Classifier:
         return logits
 
     def _require_open(self) -> None:
+        if os.getpid() != self._process:
+            raise BackendError(
+                "the classifier was made before this process was forked, and its threads are not here; make a new one "
+                "in this process."
+            )
         if self._closed:
             raise BackendError("the classifier is closed; make a new one.")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 import threading
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -13,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.cores import CoreCache, stacked_cores
-from runtime.errors import BackendError
+from runtime.errors import BackendError, BundleError
 
 OnnxProvider = Literal["cpu", "cuda", "tensorrt"]
 
@@ -125,6 +128,7 @@ class OnnxSession:
         self.path = path
         self._provider = provider
         self._session: Any = session
+        _LIVE.add(self)
 
     @property
     def provider(self) -> str:
@@ -171,13 +175,40 @@ class OnnxSession:
         """Release the graph; runs that are under way finish."""
         self._session = None
 
+    def abandon(self) -> None:
+        """Close without releasing: in a forked process, whose threads are missing, ONNX Runtime would wait for them."""
+        if self._session is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
+        self._session = None
+
+
+_LIVE: weakref.WeakSet[OnnxSession] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for session in list(_LIVE):
+        session.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
+
 
 class LazySession:
     """A graph that is loaded when it is first run: what is seldom needed costs neither time nor memory before."""
 
-    def __init__(self, path: Path, num_threads: int | None = None) -> None:
-        """Remember what to load; it runs on the CPU."""
+    def __init__(
+        self, path: Path, num_threads: int | None = None, check: Callable[[], None] | None = None
+    ) -> None:
+        """Remember what to load; it runs on the CPU.
+
+        Args:
+            path: ONNX file; its external data lies beside it.
+            num_threads: threads within an operator; None lets ONNX Runtime choose.
+            check: called once it is loaded; a BundleError says that the file is not the one that was meant.
+        """
         self.path = path
+        self._check = check
         self._num_threads = num_threads
         self._session: OnnxSession | None = None
         self._closed = False
@@ -211,9 +242,18 @@ class LazySession:
             if self._closed:
                 raise BackendError(f"{self.path.name}: the session is closed.")
             if self._session is None:
-                self._session = OnnxSession(self.path, "cpu", self._num_threads)
+                self._session = self._load()
             session = self._session
         return session.run(feeds)
+
+    def _load(self) -> OnnxSession:
+        session = OnnxSession(self.path, "cpu", self._num_threads)
+        try:
+            if self._check is not None:
+                self._check()
+        except BundleError as error:
+            raise BackendError(f"{self.path.name}: cannot be loaded any more: {error}") from error
+        return session
 
     def close(self) -> None:
         """Release the graph, if it was loaded; runs that are under way finish."""

@@ -15,6 +15,7 @@ from mass_export.heads import Head
 from mass_export.low_rank import LowRank
 from mass_export.model_config import preprocess_spec_from_config
 from mass_export.router_spec import RouterSettings
+from mass_export.safetensors_writer import has_its_checksum
 from mass_export.spec import ArtifactInfo, MergeSettings, TaskInfo
 
 TAP = "transformer.resblocks.1.mlp.c_fc.weight"
@@ -291,3 +292,40 @@ def test_the_destination_is_checked_before_the_work(tmp_path):
         check_destination(tmp_path, [given])
     with pytest.raises(ArtifactError, match="does not exist"):
         check_destination(tmp_path / "none" / "a", [given])
+
+
+def test_any_changed_byte_is_noticed(artifact, tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_artifact(path, artifact)
+    assert has_its_checksum(path)
+    data = path.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    digits = data.index(b'"sha256":"') + 12
+    for place in (digits, data.index(b"pets"), header + 8, header + 8 + 4 * 100 + 1, len(data) - 1):
+        changed = bytearray(data)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        assert has_its_checksum(path) is False
+        with pytest.raises(ArtifactError):
+            read_artifact(path)
+
+
+def test_a_changed_weight_that_still_looks_like_one_is_named_by_its_checksum(artifact, tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_artifact(path, artifact)
+    data = bytearray(path.read_bytes())
+    data[-4] ^= 1  # the lowest bit of the last number
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="was changed since it was written"):
+        read_artifact(path)
+
+
+def test_artifacts_without_a_checksum_are_still_read(artifact, tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_artifact(path, artifact)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    del metadata["sha256"]
+    save_file(load_file(path), path, metadata)
+    assert has_its_checksum(path) is None
+    assert read_artifact(path).info == artifact.info
