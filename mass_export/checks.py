@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Self, TypeGuard, get_args
 
 from mass_export.errors import RecipeError
@@ -38,6 +39,14 @@ def require_at_least(name: str, value: object, low: int, *, optional: bool = Fal
     """Raise RecipeError unless `value` is an integer >= `low`, or None if `optional`."""
     fits = (optional and value is None) or (is_int(value) and value >= low)
     require(fits, f"{name}: expected an integer >= {low}, got {value!r}.")
+
+
+def is_there(path: Path, *, file: bool = False) -> bool:
+    """Whether there is such a path (such a file). One that the system refuses, because it is too long, is not there."""
+    try:
+        return path.is_file() if file else path.exists()
+    except OSError:
+        return False
 
 
 class FromMapping:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mass_export.checks import is_int, is_real
+from mass_export.checks import is_int, is_real, is_there
 from mass_export.errors import ModelConfigError
 from mass_export.spec import VisionSpec
 from runtime.bundle import PreprocessSpec
@@ -65,7 +65,7 @@ def load_model_config(model: str, directory: Path) -> tuple[dict[str, Any], dict
         ModelConfigError: no such file or name, or not a JSON object.
     """
     path = directory / model
-    if not path.is_file():
+    if not is_there(path, file=True):
         if path.suffix == ".json":
             raise ModelConfigError(f"{path}: no such file; give open_clip's JSON config, or a model's name.")
         return _config_by_name(model), None, f"open_clip model {model}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mass_export.checks import checked_mapping, require
+from mass_export.checks import checked_mapping, is_there, require
 from mass_export.errors import RecipeError
 from mass_export.hub import fetch, is_hub_name
 
@@ -85,7 +85,7 @@ def zero_shot_head_recipe(
 def file_source(value: object, key: str, recipe: Path) -> Path:
     """A file, relative to the recipe."""
     path = recipe.parent / text(value, key)
-    require(path.is_file(), f"{key}: no such file: {path} (paths are relative to the recipe).")
+    require(is_there(path, file=True), f"{key}: no such file: {path} (paths are relative to the recipe).")
     return path
 
 
@@ -102,7 +102,7 @@ def checkpoint_source(value: object, key: str, recipe: Path, *, folder: bool = F
     if is_hub_name(name):
         return fetch(name, key)
     path = recipe.parent / name
-    require(path.exists(), f"{key}: no such file: {path} (paths are relative to the recipe).")
+    require(is_there(path), f"{key}: no such file: {path} (paths are relative to the recipe).")
     require(not folder or path.is_dir(), f"{key}: expected the folder of an adapter, got the file {path}.")
     return path
 

@@ -483,16 +483,18 @@ def read_manifest(directory: Path) -> Manifest:
         BundleError: no such directory or file, or an invalid manifest.
     """
     path = directory / MANIFEST_FILE
-    if not directory.is_dir() or not path.is_file():
-        raise BundleError(
-            f"{directory}: not a bundle (no {MANIFEST_FILE}); give the directory that mass-export wrote."
-        )
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; not a manifest.")
     try:
+        if not directory.is_dir() or not path.is_file():
+            raise BundleError(
+                f"{directory}: not a bundle (no {MANIFEST_FILE}); give the directory that mass-export wrote."
+            )
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; not a manifest.")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BundleError(f"{path}: not UTF-8 text; export the bundle again.") from error
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}).") from error
     return manifest_from_json(text, str(path))
 
 
@@ -505,12 +507,15 @@ def check_files(directory: Path, files: Mapping[str, FileSpec], verify: Verify =
     problems = []
     for name, spec in files.items():
         path = directory / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif (size := path.stat().st_size) != spec.bytes:
-            problems.append(f"{name} has {size} bytes, expected {spec.bytes}")
-        elif verify == "full" and sha256_of_file(path) != spec.sha256:
-            problems.append(f"{name} was changed (its sha256 differs from the manifest's)")
+        try:
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif (size := path.stat().st_size) != spec.bytes:
+                problems.append(f"{name} has {size} bytes, expected {spec.bytes}")
+            elif verify == "full" and sha256_of_file(path) != spec.sha256:
+                problems.append(f"{name} was changed (its sha256 differs from the manifest's)")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
     if problems:
         raise BundleError(f"{directory}: {'; '.join(problems)}. Copy or export the bundle again.")
 

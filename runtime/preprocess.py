@@ -26,6 +26,9 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | Image | NDArray[np.uint8]"
 # one (a strip of 1 x 30000 becomes 224 x 6720000) only the crop is made; Pillow then clips between its two
 # passes in another order, which can be seen in noise.
 _MAX_WHOLE_PIXELS = 1 << 25
+# Pillow decodes a few formats in Python, up to a second for a million pixels; a hundred bytes of such a file can ask
+# for a hundred million.
+_MAX_SLOW_PIXELS = 1 << 22
 
 
 def load_image(source: ImageSource, where: str = "image") -> Image:
@@ -50,11 +53,23 @@ def load_image(source: ImageSource, where: str = "image") -> Image:
         )
     if min(source.size) < 1:
         raise InputError(f"{where}: the image is empty, {source.size[0]} x {source.size[1]} pixels.")
+    _require_quick_decoder(source, where)
     try:
         source.load()
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
         raise InputError(f"{where}: damaged image ({error}).") from error
     return source
+
+
+def _require_quick_decoder(image: Image, where: str) -> None:
+    from PIL.Image import DECODERS  # noqa: PLC0415
+
+    slow = any(tile[0] in DECODERS for tile in getattr(image, "tile", ()))
+    if slow and image.size[0] * image.size[1] > _MAX_SLOW_PIXELS:
+        raise InputError(
+            f"{where}: {image.size[0]} x {image.size[1]} pixels of {image.format}, which is decoded slowly: at most "
+            f"{_MAX_SLOW_PIXELS} are read; convert it to PNG or JPEG first."
+        )
 
 
 def _checked_pixels(pixels: NDArray[Any], where: str) -> NDArray[np.uint8]:
@@ -69,18 +84,25 @@ def _checked_pixels(pixels: NDArray[Any], where: str) -> NDArray[np.uint8]:
     return np.ascontiguousarray(squeezed)
 
 
+def _require_file(path: Path, where: str) -> None:
+    if not path.is_file():
+        raise InputError(f"{where}: {'not a file' if path.exists() else 'no such file'}.")
+
+
 def _decode(path: Path, where: str) -> Image:
     from PIL import Image as pil  # noqa: N813, PLC0415
     from PIL import UnidentifiedImageError  # noqa: PLC0415
 
-    if not path.is_file():
-        raise InputError(f"{where}: {'not a file' if path.exists() else 'no such file'}.")
     try:
+        _require_file(path, where)
         with pil.open(path) as image:
             # Encapsulated PostScript is a program, which Pillow would run with Ghostscript.
             if image.format != "EPS":
+                _require_quick_decoder(image, where)
                 image.load()
                 return image
+    except InputError:
+        raise
     except UnidentifiedImageError as error:
         raise InputError(f"{where}: not an image in a format that Pillow reads.") from error
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:

@@ -82,6 +82,16 @@ def test_a_recipe_with_anything_anywhere_is_read_or_refused(pico_files, tmp_path
         assert str(error)  # noqa: PT017 - as above
 
 
+@pytest.mark.parametrize("key", ["model", "base", "checkpoint"])
+def test_a_path_that_is_too_long_for_the_system_is_no_file(pico_files, key) -> None:
+    path = pico_files(2, router="default")
+    recipe = yaml.safe_load(path.read_text())
+    (recipe["tasks"][0] if key == "checkpoint" else recipe)[key] = "a" * 5000
+    path.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(MassExportError, match=r"no such file|neither a file"):
+        load_recipe(path)
+
+
 @given(st.data())
 @settings(**SLOW)
 def test_a_damaged_artifact_is_never_taken_for_the_whole_one(pico_files, tmp_path, data) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import struct
+import time
+import warnings
 import zlib
 
 import numpy as np
@@ -153,3 +155,32 @@ _OPEN: dict[str, Classifier] = {}
 def shared(bundle) -> Classifier:
     """One classifier for all examples."""
     return _OPEN.setdefault(str(bundle), Classifier(bundle, "cpu"))
+
+
+def bmp_of_runs(width: int, height: int) -> bytes:
+    """A run-length encoded BMP, which Pillow decodes in Python: it says to end each line at once."""
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 0, 0, 0, 256, 0)
+    offset = 14 + len(header) + 1024
+    return struct.pack("<2sIHHI", b"BM", offset + 64, 0, 0, offset) + header + b"\0" * 1024 + b"\1\0\0\0" * 16
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_what_is_decoded_slowly_may_not_be_large(tmp_path, as_file) -> None:
+    path = tmp_path / "slow.bmp"
+    path.write_bytes(bmp_of_runs(16_000_000, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of many pixels
+        source = path if as_file else Image.open(io.BytesIO(path.read_bytes()))
+        start = time.perf_counter()
+        with pytest.raises(InputError, match=r"16000000 x 9 pixels of BMP, which is decoded slowly"):
+            pixel_values_from_images([source], SPEC)
+    assert time.perf_counter() - start < 1
+    path.write_bytes(bmp_of_runs(30, 9))
+    assert pixel_values_from_images([path], SPEC).shape == (1, 3, 8, 8)
+
+
+def test_paths_that_the_system_refuses_are_named() -> None:
+    with pytest.raises(InputError, match=r"cannot be read or is damaged .*too long"):
+        pixel_values_from_images(["a" * 5000], SPEC)
+    with pytest.raises(BundleError, match=r"cannot be read .*too long"):
+        Classifier("a" * 5000)
