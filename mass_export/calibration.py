@@ -34,7 +34,7 @@ from mass_export.discriminant import (
     fit_known_images,
     macro_accuracy,
 )
-from mass_export.early_stops import EarlyStops, choose_stops
+from mass_export.early_stops import choose_stops, no_stops
 from mass_export.errors import DataError
 from mass_export.model import MassModel
 from mass_export.progress import Progress
@@ -190,7 +190,7 @@ def calibrate_task_images(
     best = max(trial.accuracy for trial in trials)
     chosen = next(trial.tap for trial in trials if trial.accuracy >= best - LAYER_TOLERANCE)
     incomplete = len(given) < len(names)
-    early = EarlyStops((), chosen, 0.0, float(chosen.layer), posteriors[chosen])
+    early = no_stops(posteriors[chosen], chosen)
     if stop_early and not incomplete and residual_weight == 0:
         early = choose_stops(posteriors, labels, chosen)
     chosen, read = early.last, taps[: early.last.layer + 1]
@@ -247,9 +247,8 @@ def _with_early_stops(
     weights = [torch.nn.functional.pad(weight, (0, whole - weight.shape[1])) for weight, _ in discriminants]
     known = []
     for at_stop in features:
-        distances = cross_validated_distances(at_stop, labels)
-        scale = info.unknown_threshold / float(np.quantile(distances, 1 - FALSE_ALARMS))
-        known.append([scale * part for part in fit_known_images(at_stop, labels)])
+        threshold, *parts = _known_images(at_stop, labels)
+        known.append([info.unknown_threshold / threshold * part for part in parts])
     calibration = dataclasses.replace(
         calibration,
         stop_weight=torch.stack(weights),
@@ -300,14 +299,18 @@ def _with_known_images(
     info, calibration = artifact.info.calibration, artifact.calibration
     assert info is not None
     assert calibration is not None
-    distances = cross_validated_distances(features, labels)
-    threshold = float(np.quantile(distances, 1 - FALSE_ALARMS))
-    whiten, centres = fit_known_images(features, labels)
+    threshold, whiten, centres = _known_images(features, labels)
     return _calibrated(
         artifact,
         dataclasses.replace(info, unknown=tap, unknown_threshold=threshold),
         dataclasses.replace(calibration, whiten=whiten.float(), centres=centres.float()),
     )
+
+
+def _known_images(features: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, Tensor, Tensor]:
+    """The distance that few of the images exceed, and what they look like: see `fit_known_images`."""
+    distances = cross_validated_distances(features, labels)
+    return float(np.quantile(distances, 1 - FALSE_ALARMS)), *fit_known_images(features, labels)
 
 
 def _joined(features: Mapping[Tap, Tensor], taps: Sequence[Tap]) -> NDArray[np.float64]:

@@ -47,6 +47,11 @@ class EarlyStops:
     scores: NDArray[np.float64]
 
 
+def no_stops(scores: NDArray[np.float64], fixed: Tap) -> EarlyStops:
+    """All images are read up to `fixed`, which scores them so: [n, K]."""
+    return EarlyStops((), fixed, 0.0, fixed.layer + STOP_COST, scores)
+
+
 def choose_stops(
     posteriors: Mapping[Tap, NDArray[np.float64]], labels: NDArray[np.int64], fixed: Tap
 ) -> EarlyStops:
@@ -60,26 +65,23 @@ def choose_stops(
     Returns:
         no stops and `fixed` if they save less than stops cost
     """
-    taps = sorted(posteriors)
-    right = {tap: posteriors[tap].argmax(axis=1) == labels for tap in taps}
-    leads = {tap: two_best(-posteriors[tap])[1] for tap in taps}
-    best = EarlyStops((), fixed, 0.0, fixed.layer + STOP_COST, posteriors[fixed])
+    best = no_stops(posteriors[fixed], fixed)
     if np.bincount(labels).min() < LEAST_IMAGES:
         return best
+    taps, images = sorted(posteriors), np.arange(len(labels))
+    right = {tap: posteriors[tap].argmax(axis=1) == labels for tap in taps}
+    leads = {tap: two_best(-posteriors[tap])[1] for tap in taps}
     last = max(taps, key=lambda tap: (right[tap].mean(), -tap.layer))
     earlier = taps[: taps.index(last)]
-    sets = itertools.chain(*(itertools.combinations(earlier, k + 1) for k in range(MOST_STOPS)))
-    for stops in sets:
+    for stops in itertools.chain(*(itertools.combinations(earlier, k + 1) for k in range(MOST_STOPS))):
+        reached = (*stops, last)
+        costs = np.array([tap.layer + (i + 1) * STOP_COST for i, tap in enumerate(reached)])
+        is_right = np.stack([right[tap] for tap in reached])
         for margin in np.quantile(leads[stops[0]], np.linspace(0, 1, MARGINS)):
-            where = np.full(len(labels), len(stops))
-            for index in reversed(range(len(stops))):
-                where[leads[stops[index]] >= margin] = index
-            reached = [*stops, last]
-            blocks = float(np.mean([reached[i].layer + (i + 1) * STOP_COST for i in where]))
-            if blocks >= best.blocks:
-                continue
-            stopped_right = np.stack([right[tap] for tap in reached])[where, np.arange(len(labels))]
-            if np.mean(right[last] & ~stopped_right) <= HARM:
-                scores = np.stack([posteriors[tap] for tap in reached])[where, np.arange(len(labels))]
+            sure = np.stack([*(leads[tap] >= margin for tap in stops), np.ones(len(labels), np.bool_)])
+            where = sure.argmax(axis=0)
+            blocks = float(costs[where].mean())
+            if blocks < best.blocks and np.mean(right[last] & ~is_right[where, images]) <= HARM:
+                scores = np.stack([posteriors[tap] for tap in reached])[where, images]
                 best = EarlyStops(tuple(tap.layer for tap in stops), last, float(margin), blocks, scores)
     return best

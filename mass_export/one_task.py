@@ -181,14 +181,14 @@ class _Writer:
         """Blocks between two stops: the stream or the patches -> the stream and the features on the way."""
         graph, vision = Graph(f"{ONE_TASK}_{index}", self.weights), self.artifact.info.vision
         layers = self.layers(graph)
-        features, stream = add_blocks(layers, self.artifact, self.start(layers, start), start, stop)
+        features, stream = add_blocks(layers, self.artifact, self.start(layers, index, start), start, stop)
         outputs: Outputs = {stream_name(stop): (stream, ["B", self.rows(stop), vision.width])}
         outputs |= {feature_name(tap): (z, ["B", vision.width]) for tap, z in features.items()}
         return self.save(graph, outputs), list(features)
 
-    def start(self, layers: OneTaskLayers, block: int) -> ir.Value:
-        """The stream before a block; before the first it is made of the patches."""
-        if block:
+    def start(self, layers: OneTaskLayers, index: int, block: int) -> ir.Value:
+        """What a segment begins with: the stream before a block, which the first segment makes of the patches."""
+        if index:
             return self.stream(layers.graph, block)
         vision = self.artifact.info.vision
         shape: list[int | str] = ["B", vision.tokens - 1, vision.width]
@@ -232,7 +232,7 @@ class _Writer:
         """The stream or the patches -> logits."""
         graph = Graph(f"{ONE_TASK}_{index}", self.weights)
         layers = self.layers(graph)
-        feature = encode_rest(layers, start, self.start(layers, start))
+        feature = encode_rest(layers, start, self.start(layers, index, start))
         return self.save(graph, self.logits(add_heads(graph, feature, self.artifact.heads)))
 
     def stream(self, graph: Graph, block: int) -> ir.Value:
