@@ -13,9 +13,7 @@ import hashlib
 import json
 import math
 import typing
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
@@ -518,21 +516,6 @@ def check_files(directory: Path, files: Mapping[str, FileSpec], verify: Verify =
             problems.append(f"{name} cannot be read ({error.strerror})")
     if problems:
         raise BundleError(f"{directory}: {'; '.join(problems)}. Copy or export the bundle again.")
-
-
-@contextmanager
-def checked_meanwhile(directory: Path, files: Mapping[str, FileSpec], verify: Verify) -> Iterator[None]:
-    """Hash the files while the body loads them; their sizes are right already.
-
-    Raises:
-        BundleError: of `check_files`, rather than what the body makes of changed files.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(check_files, directory, files, verify)
-        try:
-            yield
-        finally:
-            checked.result()
 
 
 def map_array(directory: Path, array: StoredArray) -> NDArray[Any]:

@@ -23,14 +23,13 @@ from runtime.bundle import (
     HeadChoice,
     RouterSpec,
     Verify,
-    checked_meanwhile,
     read_manifest,
     router_fault,
 )
 from runtime.cores import CoreCache
 from runtime.device_array import DeviceArray, is_foreign_device_array
 from runtime.errors import BackendError, InputError
-from runtime.integrity import check_bundle, extra_files, require_unchanged
+from runtime.integrity import check_bundle, extra_files, hashed_meanwhile, require_unchanged
 from runtime.one_task import OneTaskPass
 from runtime.prediction import ForwardResult, Prediction, joined, predictions_from_result
 from runtime.preprocess import ImageSource, pixel_values_from_images
@@ -130,7 +129,7 @@ class Classifier:
         opened = dataclasses.replace(self.manifest, router=self.router)
         if opened.one_task is not None and not share_base:
             opened = dataclasses.replace(opened, one_task=dataclasses.replace(opened.one_task, routers=()))
-        with checked_meanwhile(directory, self.manifest.files, verify):
+        with hashed_meanwhile(directory, self.manifest, verify):
             self._first, self._second = open_sessions(
                 directory,
                 opened,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from runtime.bundle import MANIFEST_FILE, FileSpec, Manifest, Verify, check_files, read_manifest
@@ -23,6 +26,24 @@ def check_bundle(directory: Path, manifest: Manifest, verify: Verify = "full") -
     check_files(directory, manifest.files, verify)
     for name in graph_files(manifest):
         check_graph_files(directory / name, manifest.files)
+
+
+@contextmanager
+def hashed_meanwhile(directory: Path, manifest: Manifest, verify: Verify) -> Iterator[None]:
+    """With `full` hash the files of a checked bundle while the body loads them; with `size` do no more.
+
+    Raises:
+        BundleError: of `check_files`, rather than what the body makes of changed files.
+    """
+    if verify == "size":
+        yield
+        return
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(check_files, directory, manifest.files, verify)
+        try:
+            yield
+        finally:
+            checked.result()
 
 
 def graph_files(manifest: Manifest) -> list[str]:
