@@ -16,7 +16,7 @@ import numpy as np
 from mass_export.diagnosis_report import Finding
 from mass_export.errors import shortened
 from mass_export.inspection_sources import Source
-from mass_export.subspaces import mean_overlap, stack_geometry
+from mass_export.subspaces import mean_overlap
 
 SAME_OVERLAP = 0.99
 CLOSE_OVERLAP = 0.8
@@ -105,8 +105,8 @@ def find_same_tasks(source: Source) -> list[Finding]:
     """Pairs of tasks with (nearly) the same subspaces."""
     if len(source.classes) < 2:
         return []
-    vh = mean_overlap([stack_geometry(m.vh) for m in source.matrices])[0]
-    u = mean_overlap([stack_geometry(m.u_t) for m in source.matrices])[0]
+    vh = mean_overlap([m.vh_geometry for m in source.matrices])[0]
+    u = mean_overlap([m.u_geometry for m in source.matrices])[0]
     findings = []
     for (i, a), (j, b) in itertools.combinations(enumerate(source.classes), 2):
         overlap = float(min(vh[i, j], u[i, j]))
@@ -135,8 +135,7 @@ def find_ill_conditioned(source: Source) -> list[Finding]:
         return []
     lost: dict[str, float] = {}
     for matrix in source.matrices:
-        for rows in (matrix.u_t, matrix.vh):
-            condition = stack_geometry(rows).condition
+        for condition in (matrix.u_geometry.condition, matrix.vh_geometry.condition):
             share = condition.below_cutoff / condition.directions if condition.directions else 0.0
             lost[matrix.name] = max(share, lost.get(matrix.name, 0.0))
     bad = {name: share for name, share in lost.items() if share > SHARED_DIRECTIONS}

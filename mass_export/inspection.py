@@ -98,8 +98,8 @@ def _subspaces(
     u: list[StackGeometry] = []
     vh: list[StackGeometry] = []
     for matrix in progress.track(source.matrices, "Comparing subspaces"):
-        u.append(stack_geometry(matrix.u_t))
-        vh.append(stack_geometry(matrix.vh))
+        u.append(matrix.u_geometry)
+        vh.append(matrix.vh_geometry)
     at_taps = [stack_geometry(rows) for rows in source.taps.values()]
     of_vh, of_u, of_router = (_overlap_matrix(geometries, len(names)) for geometries in (vh, u, at_taps))
     pairs = [

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from mass_export.inspection_report import Kind, Part, Size
 from mass_export.spec import VisionSpec
+from mass_export.subspaces import StackGeometry, stack_geometry
 from runtime.bundle import (
     FIRST_PASS,
     MANIFEST_FILE,
@@ -43,6 +45,16 @@ class MatrixRows:
     u_t: Rows
     s: Rows
     vh: Rows
+
+    @cached_property
+    def u_geometry(self) -> StackGeometry:
+        """How the tasks' left subspaces lie."""
+        return stack_geometry(self.u_t)
+
+    @cached_property
+    def vh_geometry(self) -> StackGeometry:
+        """How their right ones do."""
+        return stack_geometry(self.vh)
 
 
 @dataclass(frozen=True)
