@@ -6,7 +6,7 @@ Imports of torch and of the builder stay inside the fixtures, so that the runtim
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,3 +149,34 @@ def pico_files(
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def changed_anywhere() -> Callable[..., Any]:
+    """`changed_anywhere(value, data, values)`: parsed JSON with something else at one or two places.
+
+    `data` is hypothesis' `st.data()`, `values` a strategy for what stands there instead.
+    """
+    from hypothesis import strategies as st
+
+    def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        yield path
+        items = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        )
+        for key, item in items:
+            yield from places(item, (*path, key))
+
+    def replaced(value: Any, path: tuple[Any, ...], by: Any) -> Any:
+        if not path:
+            return by
+        copy = value.copy()
+        copy[path[0]] = replaced(value[path[0]], path[1:], by)
+        return copy
+
+    def change(value: Any, data: Any, values: Any) -> Any:
+        for _ in range(data.draw(st.integers(1, 2))):
+            value = replaced(value, data.draw(st.sampled_from(list(places(value)))), data.draw(values))
+        return value
+
+    return change

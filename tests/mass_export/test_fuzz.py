@@ -30,31 +30,17 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-def places(value, path=()):
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from places(item, (*path, key))
-
-
-def replaced(value, path, by):
-    if not path:
-        return by
-    copy = value.copy()
-    copy[path[0]] = replaced(value[path[0]], path[1:], by)
-    return copy
-
-
 @given(st.data())
 @settings(**SLOW)
-def test_a_header_with_anything_anywhere_is_read_or_refused(pico_files, tmp_path, data) -> None:
+def test_a_header_with_anything_anywhere_is_read_or_refused(
+    pico_files, tmp_path, changed_anywhere, data
+) -> None:
     path = tmp_path / "seed.json"
     if not path.exists():
         artifact = merge(load_recipe(pico_files(2, router="default")), Progress(quiet=True))
         path.write_text(metadata_from_info(artifact.info)["info"])
     info = json.loads(path.read_text())
-    for _ in range(data.draw(st.integers(1, 2))):
-        info = replaced(info, data.draw(st.sampled_from(list(places(info)))), data.draw(VALUES))
+    info = changed_anywhere(info, data, VALUES)
     metadata = {"format": FORMAT, "schema_version": "1", "info": json.dumps(info)}
     try:
         info_from_metadata(metadata, "here")
@@ -64,14 +50,15 @@ def test_a_header_with_anything_anywhere_is_read_or_refused(pico_files, tmp_path
 
 @given(st.data())
 @settings(**SLOW)
-def test_a_recipe_with_anything_anywhere_is_read_or_refused(pico_files, tmp_path, monkeypatch, data) -> None:
+def test_a_recipe_with_anything_anywhere_is_read_or_refused(
+    pico_files, tmp_path, monkeypatch, changed_anywhere, data
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     seed, path = tmp_path / "recipe.yaml", tmp_path / "changed.yaml"
     if not seed.exists():
         pico_files(2, router={"layer": 1}, rank=3)
     recipe = yaml.safe_load(seed.read_text())
-    for _ in range(data.draw(st.integers(1, 2))):
-        recipe = replaced(recipe, data.draw(st.sampled_from(list(places(recipe)))), data.draw(VALUES))
+    recipe = changed_anywhere(recipe, data, VALUES)
     try:
         path.write_text(yaml.safe_dump(recipe))
     except (yaml.YAMLError, UnicodeEncodeError):
