@@ -22,18 +22,14 @@ from typing import Any
 import click
 import matplotlib as mpl
 import numpy as np
-from bench_material import random_artifact
+from bench_material import make_bundle
 
-from mass_export.artifact import read_artifact, write_artifact
 from mass_export.bench import BenchSettings, Call, bench_bundle, interleave, random_images, two_passes
 from mass_export.bench_plain import write_plain_pass
 from mass_export.machine import describe_machine
-from mass_export.model_config import load_model_config, preprocess_spec_from_config, vision_spec_from_config
-from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
-from mass_export.router_spec import RouterSettings
-from mass_export.spec import MergeSettings
 from runtime.classifier import Classifier
+from runtime.engine_spec import Precision
 from runtime.onnx_session import OnnxSession
 
 mpl.use("svg")
@@ -48,7 +44,7 @@ class Material:
     """A bundle of random tasks."""
 
     tasks: int
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     layer: int | None = None
 
     @property
@@ -61,24 +57,7 @@ class Material:
         artifact_file, bundle = work / f"{self.name}.safetensors", work / self.name
         if bundle.is_dir():
             return bundle
-        config, preprocess_config, where = load_model_config(model, Path.cwd())
-        spec = vision_spec_from_config(config, where)
-        artifact = random_artifact(
-            spec,
-            preprocess_spec_from_config(preprocess_config, spec.image_size, where),
-            self.tasks,
-            router=RouterSettings(layer=self.layer, mode="top1"),
-            merge=MergeSettings(base_merge="zeroshot"),
-        )
-        write_artifact(artifact_file, artifact)
-        export_bundle(
-            read_artifact(artifact_file),
-            artifact_file,
-            bundle,
-            verify=False,
-            progress=Progress(quiet=True),
-            precision=self.precision,  # type: ignore[arg-type]  # one of them
-        )
+        make_bundle(model, self.tasks, artifact_file, bundle, layer=self.layer, precision=self.precision)
         return bundle
 
 

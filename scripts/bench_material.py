@@ -24,6 +24,7 @@ from mass_export.progress import Progress
 from mass_export.router_spec import RouterSettings
 from mass_export.spec import ArtifactInfo, MergeSettings, TaskInfo, VisionSpec, rank_of
 from runtime.bundle import PreprocessSpec
+from runtime.engine_spec import Precision
 
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
@@ -93,6 +94,42 @@ def random_artifact(
     return Artifact(info, base, merged, tasks, bases, heads)
 
 
+def make_bundle(
+    model: str,
+    task_count: int,
+    artifact_file: Path,
+    bundle: Path,
+    *,
+    base_merge: str = "zeroshot",
+    layer: int | None = None,
+    precision: Precision = "fp32",
+) -> None:
+    """Write an artifact of random tasks and its bundle.
+
+    Args:
+        model: open_clip model name, or a path to its JSON.
+        task_count: T.
+        artifact_file: where to.
+        bundle: where to.
+        base_merge: of the first pass, `zeroshot` or `tsvm`.
+        layer: routing layer; None takes 3/4 of the depth.
+        precision: of the graphs.
+    """
+    config, preprocess_config, where = load_model_config(model, Path.cwd())
+    spec = vision_spec_from_config(config, where)
+    artifact = random_artifact(
+        spec,
+        preprocess_spec_from_config(preprocess_config, spec.image_size, where),
+        task_count,
+        router=RouterSettings(layer=layer, mode="top1"),
+        merge=MergeSettings(base_merge=base_merge),  # type: ignore[arg-type]  # one of the two
+    )
+    write_artifact(artifact_file, artifact)
+    export_bundle(
+        artifact, artifact_file, bundle, verify=False, progress=Progress(quiet=True), precision=precision
+    )
+
+
 @click.command(help=__doc__)
 @click.option("--model", required=True, help="open_clip model name, such as ViT-B-32, or a path to its JSON.")
 @click.option("--tasks", "task_count", default=8, show_default=True, type=click.IntRange(1))
@@ -101,20 +138,9 @@ def random_artifact(
 @click.option("--layer", type=int, help="Routing layer; 3/4 of the depth by default.")
 def main(model: str, task_count: int, out: Path, base_merge: str, layer: int | None) -> None:
     """Write OUT/merged.safetensors and the bundle OUT/bundle."""
-    config, preprocess_config, where = load_model_config(model, Path.cwd())
-    spec = vision_spec_from_config(config, where)
-    preprocess = preprocess_spec_from_config(preprocess_config, spec.image_size, where)
     out.mkdir(parents=True, exist_ok=True)
-    artifact = random_artifact(
-        spec,
-        preprocess,
-        task_count,
-        router=RouterSettings(layer=layer, mode="top1"),
-        merge=MergeSettings(base_merge=base_merge),  # type: ignore[arg-type]  # one of the two
-    )
-    path = out / "merged.safetensors"
-    write_artifact(path, artifact)
-    export_bundle(artifact, path, out / "bundle", verify=False, progress=Progress(quiet=True))
+    artifact_file = out / "merged.safetensors"
+    make_bundle(model, task_count, artifact_file, out / "bundle", base_merge=base_merge, layer=layer)
     click.echo(f"Wrote {out}: {task_count} random tasks of {model}")
 
 

@@ -29,8 +29,9 @@ from mass_export.merging import IllConditionedWarning
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
 from mass_export.router_spec import Tap
-from mass_export.routing import standardize_over_tasks
+from mass_export.routing import log_posterior, projection_residuals, standardize_over_tasks
 from mass_export.suite import IMAGES_PER_TASK
+from runtime.verification import two_best
 
 LOSS = 0.002
 Scores = NDArray[np.float64]
@@ -41,9 +42,7 @@ def residual_scores(artifact: Artifact, features: dict[Tap, torch.Tensor]) -> Sc
     total, scores = torch.zeros(()), []
     for count, (tap, z) in enumerate(sorted(features.items()), 1):
         bases = [task[tap.parameter].double() for task in artifact.routing_bases]
-        inside = torch.stack([(z @ vh.T).square().sum(dim=1) for vh in bases], dim=1)
-        residuals = (z.square().sum(dim=1, keepdim=True) - inside).clamp(min=0).sqrt()
-        total = total + standardize_over_tasks(residuals)
+        total = total + standardize_over_tasks(projection_residuals(z, bases, "l2"))
         scores.append((-total / count).numpy())
     return np.stack(scores)
 
@@ -53,16 +52,14 @@ def joined(features: dict[Tap, torch.Tensor], count: int) -> NDArray[np.float64]
     return torch.cat([z for _, z in sorted(features.items())[:count]], dim=1).numpy()
 
 
-def log_posterior(scores: Scores) -> Scores:
-    """Over the last axis."""
-    shifted = scores - scores.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+def leads(scores: Scores) -> NDArray[np.float64]:
+    """Of the best task before the second. [L, n]"""
+    return np.stack([two_best(-block)[1] for block in scores])
 
 
 def stop(scores: Scores, threshold: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where each image stops, and its task there. [n] each"""
-    ordered = np.sort(scores, axis=-1)
-    sure = ordered[..., -1] - ordered[..., -2] >= threshold  # [L, n]
+    sure = leads(scores) >= threshold
     sure[-1] = True
     where = sure.argmax(axis=0)
     return where, scores[where, np.arange(scores.shape[1])].argmax(axis=-1)
@@ -83,8 +80,7 @@ def study(name: str, val: tuple[Scores, Any], test: tuple[Scores, Any]) -> list[
             }
         )
     fixed = max(row["val"] for row in rows)
-    ordered = np.sort(val[0], axis=-1)
-    margins = np.quantile(ordered[..., -1] - ordered[..., -2], np.linspace(0, 1, 200))
+    margins = np.quantile(leads(val[0]), np.linspace(0, 1, 200))
     trials = []
     for threshold in margins:
         where, task = stop(val[0], threshold)
@@ -135,9 +131,9 @@ def main(data: Path, suites: tuple[str, ...]) -> None:
         learnt: dict[str, list[Scores]] = {"val": [], "test": []}
         for count in range(1, len(taps) + 1):
             x = joined(features, count)
-            weight, bias = fit_discriminant(x[shown], truth[shown])
+            fitted = [torch.from_numpy(part) for part in fit_discriminant(x[shown], truth[shown])]
             for split, (z, _) in splits.items():
-                learnt[split].append(log_posterior(joined(z, count) @ weight.T + bias))
+                learnt[split].append(log_posterior(torch.from_numpy(joined(z, count)), *fitted).numpy())
         residuals = {split: residual_scores(artifact, z) for split, (z, _) in splits.items()}
         rows = study("residuals", (residuals["val"], truth), (residuals["test"], splits["test"][1]))
         val = np.stack(learnt["val"])[:, held]

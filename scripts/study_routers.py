@@ -179,6 +179,13 @@ def routed_by(artifact: Artifact, **settings: Any) -> Artifact:
     )
 
 
+def default_of(base: Artifact) -> Artifact:
+    """The default router of an artifact that reads the base at every mlp input."""
+    half = max(1, base.router_bases[0][base.info.taps()[0].parameter].shape[0] // 2)
+    evidence = 2.0 if judge_heads(base.heads).helps else 0.0
+    return routed_by(base, mode="top1", standardize="tasks", rank=half, evidence=evidence)
+
+
 def of_tasks(artifact: Artifact, tasks: Sequence[int]) -> Artifact:
     """The artifact with some of its tasks; the first pass stays."""
 
@@ -339,17 +346,14 @@ def by_number_of_tasks(suite: Suite, seed: int = 0) -> list[dict[str, Any]]:
                 RouterSettings(layers=tuple(range(depth)), mode="top1"), "tsvm", tasks=chosen
             )
             paper = best_single_layer(suite, merge(recipe, suite.progress), tasks)
-            base = of_tasks(suite.base, tasks)
-            half = max(1, base.router_bases[0][base.info.taps()[0].parameter].shape[0] // 2)
-            evidence = 2.0 if judge_heads(base.heads).helps else 0.0
-            default = routed_by(base, mode="top1", standardize="tasks", rank=half, evidence=evidence)
+            default = default_of(of_tasks(suite.base, tasks))
             rows.append(
                 {
                     "T": count,
                     "tasks": [suite.recipe.tasks[t].name for t in tasks],
                     "paper": paper["test_joint"],
                     "default": suite.score(default, tasks)["test_joint"],
-                    "evidence": evidence,
+                    "evidence": default.info.router.evidence,
                 }
             )
     return rows

@@ -27,14 +27,13 @@ from study_routers import (
     POOL_IMAGES,
     Suite,
     best_single_layer,
+    default_of,
     markdown,
     of_tasks,
-    routed_by,
     without_task_component,
 )
 
 from mass_export.calibration import calibrate_pool, calibrate_task_images
-from mass_export.head_evidence import judge_heads
 from mass_export.merge import merge
 from mass_export.progress import Progress
 from mass_export.router_spec import RouterSettings
@@ -77,9 +76,7 @@ def levels(suite: Suite, tasks: Sequence[int], *, centred: bool, seed: int = 0) 
     base = of_tasks(suite.base, tasks)
     if centred:
         base = dataclasses.replace(base, heads=without_task_component(base.heads))
-    half = max(1, base.router_bases[0][base.info.taps()[0].parameter].shape[0] // 2)
-    evidence = 2.0 if judge_heads(base.heads).helps else 0.0
-    default = routed_by(base, mode="top1", standardize="tasks", rank=half, evidence=evidence)
+    default = default_of(base)
     val = suite.splits["val"]
     orders = {t: rng.permutation(np.flatnonzero(val.task == t)) for t in tasks}
     pool = rng.permutation(np.concatenate(list(orders.values())))[:POOL_IMAGES]
@@ -97,7 +94,7 @@ def levels(suite: Suite, tasks: Sequence[int], *, centred: bool, seed: int = 0) 
         tasks=tuple(suite.recipe.tasks[t] for t in tasks),
     )
     paper = best_single_layer(suite, merge(recipe, suite.progress), tasks)
-    return {"paper": paper["test_joint"], "evidence": evidence} | {
+    return {"paper": paper["test_joint"], "evidence": default.info.router.evidence} | {
         name: suite.score(artifact, tasks, ("test",))["test_joint"] for name, artifact in artifacts.items()
     }
 
