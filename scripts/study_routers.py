@@ -518,14 +518,14 @@ def main(data: Path, out: Path, *, quiet: bool, redraw: bool) -> None:
             f"Made by `python scripts/study_routers.py --data {data} --out {out}` ({platform.machine()}, "
             f"{os.cpu_count()} processors, fp32). Joint accuracy is a share of the fine-tuned models' accuracy, in per "
             "cent, averaged over tasks. *Blocks read* is the mean length of the first pass. *Cost* is that of both "
-            "passes as a multiple of one plain pass, counted, not timed: blocks read over depth, plus 1 + 4/3 of the rank "
-            "ratio for each second pass, of which a verified image runs two."
+            "passes as a multiple of one plain pass, counted, not timed: blocks read over depth, plus 1 + 4/3 of the "
+            "rank ratio for each second pass, of which a verified image runs two."
         ),
         "![Accuracy by number of tasks and by images a task](routers.svg)",
         "![Accuracy against cost](router_costs.svg)",
         (
-            "The grey line joins the routers than which none is both cheaper and better. Which is the default, and why: "
-            "[method.md](method.md#which-router)."
+            "The grey line joins the routers than which none is both cheaper and better. Which is the default, and "
+            "why: [method.md](method.md#which-router)."
         ),
     ]
     for name in SUITES:
