@@ -22,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 from study_routers import SUITES, Suite, batches, default_of, markdown
 
-from mass_export.head_evidence import evidence_scales, head_evidence
+from mass_export.head_evidence import evidence_scales
 from mass_export.layer_choice import macro_average
 from mass_export.model import MassModel
 from mass_export.progress import Progress
+from mass_export.routing import head_evidence
 from runtime.routing import Selection, gates_from_residuals, select_tasks
 
 THRESHOLDS = (0.2, 0.3, 0.4)
@@ -103,16 +104,8 @@ def study(suite: Suite, progress: Progress) -> list[dict[str, Any]]:
                 f"{name}_joint": part.joint(*_chosen(part, 0.99, 1)[:2], BIDS[0])
                 for name, part in parts.items()
             }
-            rows.append(
-                {
-                    "set": "best task alone",
-                    "merged_by": "-",
-                    "bid": "-",
-                    "threshold": "-",
-                    "several": 0.0,
-                    **alone,
-                }
-            )
+            nothing = dict.fromkeys(("merged_by", "bid", "threshold"), "-")
+            rows.append({"set": "best task alone", **nothing, "several": 0.0, **alone})
         found: dict[tuple[int, str], dict[str, Any]] = {}
         for size, threshold in progress.track(list(itertools.product(SIZES, THRESHOLDS)), merged_by):
             chosen = {
@@ -170,8 +163,8 @@ def main(data: Path, out: Path, *, quiet: bool) -> None:
         "# Sets of several tasks",
         (
             f"Made by `python scripts/study_sets.py --data {data} --out {out}` with the default router's scores. Joint "
-            "accuracy as a share of the fine-tuned models', in per cent; the threshold of each row is the best on validation "
-            "images. Gates of a weighted sum are rounded to eighths."
+            "accuracy as a share of the fine-tuned models', in per cent; the threshold of each row is the best on "
+            "validation images. Gates of a weighted sum are rounded to eighths."
         ),
     ]
     for name, rows in results.items():
