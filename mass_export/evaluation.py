@@ -281,6 +281,10 @@ def area_under_roc(positive: NDArray[np.floating[Any]], negative: NDArray[np.flo
     Args:
         positive: [n]
         negative: [m]
+
+    Example:
+        >>> area_under_roc(np.array([0.9, 0.4]), np.array([0.5, 0.1]))
+        0.75
     """
     if not len(positive) or not len(negative):
         return None

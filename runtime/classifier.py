@@ -46,6 +46,15 @@ _LOG = logging.getLogger(__name__)
 class Classifier:
     """One model for all tasks of a bundle. Thread-safe; a context manager. A forked process must make its own.
 
+    Example:
+        >>> with Classifier("engines/", provider="cpu") as classifier:
+        ...     (prediction,) = classifier.predict(["cat.jpg"])
+        ...     given = classifier.predict(["cat.jpg"], tasks=[classifier.tasks[0]])
+        >>> prediction.task in classifier.tasks and prediction.label in classifier.classes[prediction.task]
+        True
+        >>> given[0].task == classifier.tasks[0]
+        True
+
     Attributes:
         provider: where it runs: `cpu`, `cuda` or `tensorrt`.
         tasks: names, in the order of every T axis.

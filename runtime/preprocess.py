@@ -129,6 +129,12 @@ def pixel_values_from_images(
 
     Raises:
         InputError: naming the first image that cannot be used, and why.
+
+    Example:
+        >>> spec = PreprocessSpec((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        >>> pixel_values = pixel_values_from_images([np.zeros((20, 30, 3), np.uint8)], spec)
+        >>> pixel_values.shape, float(pixel_values.min())
+        ((1, 3, 8, 8), -1.0)
     """
     pixel_values = np.empty((len(sources), *spec.input_shape), spec.dtype)
     for row, source in enumerate(sources):
@@ -157,6 +163,11 @@ def resized_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]
 
     Returns:
         (width, height).
+
+    Example:
+        >>> spec = PreprocessSpec((224, 224), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        >>> resized_size((640, 480), spec)
+        (298, 224)
     """
     width, height = size
     high, wide = spec.image_size
