@@ -40,7 +40,7 @@ from mass_export.errors import DataError
 from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.router_spec import CalibrationInfo, Tap, default_routing_layer
-from mass_export.routing import projection_residuals, routing_feature
+from mass_export.routing import RELATIVE_SCALE, feature_length, projection_residuals, routing_feature
 from mass_export.vit import tap_tokens
 from runtime.verification import two_best
 
@@ -48,7 +48,7 @@ BATCH = 64
 # A shorter first pass is worth this much routing accuracy in cross-validation.
 LAYER_TOLERANCE = 0.005
 # Weight of a discriminant whose labels are the router's own answers, beside these answers' score.
-PSEUDO_WEIGHT = 0.1
+PSEUDO_WEIGHT = 0.2
 # The share of calibration images whose margin counts as unsure, and the prior's weight against the heads' confidence.
 UNSURE_SHARE = 0.05
 VERIFY_PRIOR = 0.1
@@ -335,18 +335,18 @@ def _with_absent_tasks(
 
 
 def _residual_statistics(artifact: Artifact, features: Mapping[Tap, Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each task's residual at each tap: [L, T] each."""
-    rows = [
-        projection_residuals(
-            features[tap],
-            [bases[tap.parameter].double() for bases in artifact.routing_bases],
-            artifact.info.router.norm,
+    """Mean and standard deviation of each task's residual at each tap, so that the score has z-scores: [L, T] each."""
+    router, rows = artifact.info.router, []
+    for tap in artifact.info.taps():
+        bases = [of_task[tap.parameter].double() for of_task in artifact.routing_bases]
+        residuals = projection_residuals(features[tap], bases, router.norm)
+        relative = router.standardize == "length"
+        rows.append(
+            residuals / feature_length(features[tap], router.norm)[:, None] if relative else residuals
         )
-        for tap in artifact.info.taps()
-    ]
-    residuals = torch.stack(rows)  # [L, n, T]
-    scale = residuals.std(dim=1).clamp_min(1e-6)
-    return residuals.mean(dim=1).float(), scale.float()
+    stacked = torch.stack(rows)  # [L, n, T]
+    unit = RELATIVE_SCALE if router.standardize == "length" else 1.0
+    return stacked.mean(dim=1).float(), (unit * stacked.std(dim=1).clamp_min(1e-6)).float()
 
 
 def _calibrated(artifact: Artifact, info: CalibrationInfo, calibration: Calibration) -> Artifact:

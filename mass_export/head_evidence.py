@@ -22,7 +22,7 @@ from mass_export.heads import Head
 from mass_export.router_spec import RouterSettings
 
 EVIDENCE_SCALE = 28.0
-EVIDENCE_WEIGHT = 2.0
+EVIDENCE_WEIGHT = {"length": 1.0, "tasks": 2.0, "none": 2.0}
 LEAST_ACCURACY = 0.8
 LEAST_GAP = 0.1
 
@@ -84,7 +84,9 @@ def judge_heads(heads: Sequence[Head]) -> EvidenceTest:
 
 
 def with_evidence_decided(router: RouterSettings, heads: Sequence[Head]) -> RouterSettings:
-    """`evidence: auto` replaced by 2 or 0, as the test of these heads says; other settings as they are."""
+    """`evidence: auto` replaced by a weight or 0, as the test of these heads says; other settings as they are."""
     if router.evidence != "auto":
         return router
-    return dataclasses.replace(router, evidence=EVIDENCE_WEIGHT if judge_heads(heads).helps else 0.0)
+    return dataclasses.replace(
+        router, evidence=EVIDENCE_WEIGHT[router.standardize] if judge_heads(heads).helps else 0.0
+    )

@@ -20,6 +20,7 @@ from mass_export.merging import merge_sum, merge_tsvm
 from mass_export.router_spec import Tap
 from mass_export.routing import (
     combine_taps,
+    feature_length,
     head_evidence,
     is_sure,
     log_posterior,
@@ -90,7 +91,8 @@ class MassModel:
                 projection_residuals(features[tap], [b[tap.parameter] for b in self._bases], router.norm)
                 for tap in info.taps()
             ]
-            score = combine_taps(torch.stack(by_tap, dim=1), router.standardize, calibration)
+            lengths = torch.stack([feature_length(features[tap], router.norm) for tap in info.taps()], dim=1)
+            score = combine_taps(torch.stack(by_tap, dim=1), router.standardize, calibration, lengths)
         if info.calibration is not None and calibration is not None:
             score = info.calibration.residual_weight * score
             if info.calibration.discriminant:
@@ -105,7 +107,8 @@ class MassModel:
             sizes = [len(task.classes) for task in self.artifact.info.tasks]
             logits = feature @ self._head_weight.T + self._head_bias
             evidence = head_evidence(logits * self._evidence_scales, sizes)
-            score = score - router.evidence * standardize_over_tasks(evidence)
+            lead = evidence if router.standardize == "length" else standardize_over_tasks(evidence)
+            score = score - router.evidence * lead
         unknown = None
         if info.calibration is not None and info.calibration.unknown is not None:
             assert calibration is not None

@@ -13,7 +13,7 @@ from mass_export.artifact import Artifact
 from mass_export.graph import Graph
 from mass_export.head_evidence import evidence_scales
 from mass_export.router_spec import Norm, Tap
-from mass_export.routing import COVARIANCE_RIDGE, UNKNOWN_RESIDUAL_WEIGHT
+from mass_export.routing import COVARIANCE_RIDGE, RELATIVE_SCALE, UNKNOWN_RESIDUAL_WEIGHT
 from mass_export.second_pass import add_heads
 from mass_export.vit_graph import Layers, cls_row, pool
 from runtime.routing import STD_EPSILON
@@ -49,7 +49,9 @@ def add_answer(
     if router.evidence:
         assert router.evidence != "auto"
         evidence = _head_evidence(layers, artifact, stream)
-        lead = standardize_over_tasks(graph, evidence, len(artifact.tasks))
+        lead = evidence
+        if router.standardize != "length":
+            lead = standardize_over_tasks(graph, evidence, len(artifact.tasks))
         score = graph.op("Sub", score, graph.op("Mul", lead, graph.scalar(router.evidence)))
     if info.calibration is not None and info.calibration.unknown is not None:
         calibration = artifact.calibration
@@ -117,6 +119,8 @@ def _residual_score(
         bases = stack_bases([task[tap.parameter] for task in artifact.routing_bases])
         r = residuals(graph, features[tap], bases, info.router.norm, f"router.{tap.parameter}")
         last = r
+        if info.router.standardize == "length":
+            r = graph.op("Div", r, _length(graph, features[tap], info.router.norm, keepdims=1))
         if calibration is not None:
             r = graph.op("Sub", r, graph.constant(calibration.offset[index].float().numpy()))
             r = graph.op("Div", r, graph.constant(calibration.scale[index].float().numpy()))
@@ -127,6 +131,7 @@ def _residual_score(
     for r in by_tap[1:]:
         score = graph.op("Add", score, r)
     share = 1 / len(by_tap) * (info.calibration.residual_weight if info.calibration is not None else 1.0)
+    share *= RELATIVE_SCALE if info.router.standardize == "length" else 1.0
     score = graph.op("Mul", score, graph.scalar(share)) if share != 1 else score
     assert last is not None
     return score, last
@@ -134,10 +139,16 @@ def _residual_score(
 
 def _least_share(graph: Graph, z: ir.Value, r: ir.Value, norm: Norm) -> ir.Value:
     """Smallest residual [B, T] as a share of the feature's own length, z [B, D]: -> [B]"""
-    length = graph.op("ReduceL1" if norm == "l1" else "ReduceL2", z, graph.integers(-1), keepdims=0)
+    smallest = graph.op("ReduceMin", r, graph.integers(-1), keepdims=0)
+    return graph.op("Div", smallest, _length(graph, z, norm, keepdims=0))
+
+
+def _length(graph: Graph, z: ir.Value, norm: Norm, keepdims: int) -> ir.Value:
+    """`mass_export.routing.feature_length`: [B, D] -> [B] or [B, 1]"""
+    length = graph.op("ReduceL1" if norm == "l1" else "ReduceL2", z, graph.integers(-1), keepdims=keepdims)
     if norm == "mahalanobis":
         length = graph.op("Div", length, graph.scalar(COVARIANCE_RIDGE**0.5))
-    return graph.op("Div", graph.op("ReduceMin", r, graph.integers(-1), keepdims=0), length)
+    return graph.op("Max", length, graph.scalar(1e-12))
 
 
 def _whitened_distance(graph: Graph, z: ir.Value, whiten: Tensor, centres: Tensor, name: str) -> ir.Value:

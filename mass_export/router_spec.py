@@ -12,7 +12,7 @@ Site = Literal["mlp", "attn"]
 Sites = Literal["mlp", "attn", "both"]
 Token = Literal["cls", "mean"]
 Norm = Literal["l2", "l1", "mahalanobis"]
-Standardize = Literal["none", "tasks"]
+Standardize = Literal["none", "tasks", "length"]
 CalibrationLevel = Literal["synthetic", "pool", "task_images"]
 
 SITE_PARAMETER: dict[str, str] = {"mlp": "mlp.c_fc.weight", "attn": "attn.in_proj_weight"}
@@ -56,11 +56,13 @@ class RouterSettings(FromMapping):
         max_tasks: cap of `topk`, >= 1.
         rank: rank of the router's bases; None takes that of the task vectors.
         layers: several blocks instead of one `layer`.
-        standardize: `tasks` turns each tap's residuals into z-scores over the tasks, sample by sample, so that
-            no tap dominates the sum.
-        evidence: weight of the heads' evidence on the first pass' own feature, standardised over tasks like a
-            tap; 0 leaves it out. The first pass then runs to its end. `auto`: 2 if the heads pass the test of
-            `mass_export.head_evidence`, which needs no image, else 0; decided by the merge.
+        standardize: keeps a tap from dominating the sum. `length` divides each tap's residuals by the length of its
+            feature (and multiplies by 60, the scale of head evidence), `tasks` turns them into z-scores over the tasks,
+            sample by sample.
+        evidence: weight of the heads' evidence on the first pass' own feature, standardised over tasks unless
+            `standardize` is `length`; 0 leaves it out. The first pass then runs to its end. `auto`: 1 (with `tasks` and
+            `none` 2) if the heads pass the test of `mass_export.head_evidence`, which needs no image, else 0; decided
+            by the merge.
         verify_margin: two best tasks whose scores differ by less are both run, and their heads decide; 0 is off.
         verify_budget: at most this share of a batch is verified, those with the smallest margins, in [0, 1].
         verify_prior: weight of the score difference against the heads' confidence in that decision, >= 0.
@@ -144,14 +146,17 @@ PAPER_ROUTER = RouterSettings(
 
 
 def default_router(depth: int, rank: int | None = None) -> RouterSettings:
-    """The router of a recipe that names none: every mlp input, standardised, with what the heads know; no image.
+    """The router of a recipe that names none: mlp inputs and what the heads know; no image.
+
+    The first quarter of the blocks says little about the task and is left out.
 
     Args:
         depth: number of blocks of the tower.
         rank: of its bases; half of the adaptation's is good.
     """
+    layers = tuple(range(depth // 4, depth))
     return RouterSettings(
-        layers=tuple(range(depth)), site="mlp", standardize="tasks", mode="top1", evidence="auto", rank=rank
+        layers=layers, site="mlp", standardize="length", mode="top1", evidence="auto", rank=rank
     )
 
 

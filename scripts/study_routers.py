@@ -48,7 +48,7 @@ IMAGE_COUNTS = (5, 10, 20, 40, 80)
 POOL_IMAGES = 300
 SUBSETS = 5
 SUITES = ("core", "hard")
-UNSURE = {"verify_margin": 0.5, "verify_prior": 6.0}
+UNSURE = {"verify_margin": 1.0, "verify_prior": 1.0}
 # Short names of the rows that the picture names.
 NAMED = {
     "paper, block": "paper",
@@ -210,8 +210,14 @@ def routed_by(artifact: Artifact, **settings: Any) -> Artifact:
 def default_of(base: Artifact) -> Artifact:
     """The default router of an artifact that reads the base at every mlp input."""
     half = max(1, base.router_bases[0][base.info.taps()[0].parameter].shape[0] // 2)
-    evidence = 2.0 if judge_heads(base.heads).helps else 0.0
-    return routed_by(base, mode="top1", standardize="tasks", rank=half, evidence=evidence)
+    evidence = 1.0 if judge_heads(base.heads).helps else 0.0
+    return routed_by(base, **default_settings(base, half), evidence=evidence)
+
+
+def default_settings(base: Artifact, rank: int) -> dict[str, Any]:
+    """Of the default router but for head evidence."""
+    router = default_router(base.info.vision.layers, rank)
+    return {name: getattr(router, name) for name in ("layers", "standardize", "mode", "rank")}
 
 
 def of_tasks(artifact: Artifact, tasks: Sequence[int]) -> Artifact:
@@ -269,7 +275,8 @@ def study(suite: Suite, seed: int = 0) -> dict[str, Any]:
     merged = merge(suite.with_router(plain, "tsvm"), suite.progress)
     base = dataclasses.replace(suite.base, info=dataclasses.replace(suite.base.info, router=plain))
     half = max(1, base.router_bases[0][base.info.taps()[0].parameter].shape[0] // 2)
-    default = routed_by(base, standardize="tasks", rank=half, evidence=2.0)
+    by_tasks = routed_by(base, standardize="tasks", rank=half)
+    default = routed_by(base, **default_settings(base, half), evidence=1.0)
     no_heads = routed_by(default, evidence=0.0)
     rng = np.random.default_rng(seed)
     val = suite.splits["val"]
@@ -289,17 +296,21 @@ def study(suite: Suite, seed: int = 0) -> dict[str, Any]:
         ("all blocks, summed; base", "nothing", base),
         ("all blocks, standardised; merged", "nothing", routed_by(merged, standardize="tasks")),
         ("all blocks, standardised; base", "nothing", routed_by(base, standardize="tasks")),
-        ("the same, half rank", "nothing", no_heads),
+        ("the same, half rank", "nothing", by_tasks),
+        ("the same, and head evidence", "nothing", routed_by(by_tasks, evidence=2.0)),
+        ("relative to the feature, half rank", "nothing", routed_by(by_tasks, standardize="length")),
+        ("the same, last three quarters", "nothing", no_heads),
         ("the same, quarter rank", "nothing", routed_by(no_heads, rank=max(1, half // 2))),
+        ("the same, full rank", "nothing", routed_by(base, **default_settings(base, 2 * half))),
         ("half rank, mlp and attention inputs", "nothing", _both_sites(suite, half)),
-        ("mlp and attention inputs, and head evidence", "nothing", _both_sites(suite, half, evidence=2.0)),
+        ("mlp and attention inputs, and head evidence", "nothing", _both_sites(suite, half, evidence=1.0)),
         ("half rank, mean of all tokens", "nothing", routed_by(no_heads, token="mean")),  # noqa: S106
         (
             "half rank, calibrated on synthetic images",
             "nothing",
             calibrate_pool(no_heads, synthetic_images(no_heads), synthetic=True, **quiet),
         ),
-        ("**default**: half rank and head evidence", "nothing", default),
+        ("**default**: last three quarters, head evidence", "nothing", default),
         ("default, verified where unsure", "nothing", routed_by(default, **UNSURE)),
         (
             "half rank, scaled on a pool",

@@ -1,5 +1,7 @@
 """The test of the heads: whether they know their task, judged by class vectors alone."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -27,7 +29,9 @@ def test_heads_are_judged_by_what_their_classes_share(share: float, helps: objec
     heads = heads_with_task_component(share, scale)
     assert judge_heads(heads).helps is helps
     router = with_evidence_decided(default_router(2), heads)
-    assert router.evidence == (2.0 if helps else 0.0)
+    assert router.evidence == (1.0 if helps else 0.0)
+    by_tasks = dataclasses.replace(default_router(2), standardize="tasks")
+    assert with_evidence_decided(by_tasks, heads).evidence == (2.0 if helps else 0.0)
 
 
 def test_a_given_weight_stays() -> None:

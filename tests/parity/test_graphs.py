@@ -220,6 +220,32 @@ def standardized(values: np.ndarray) -> np.ndarray:
     return (values - values.mean(axis=1, keepdims=True)) / (values.std(axis=1, ddof=1, keepdims=True) + 1e-6)
 
 
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("evidence", [0.0, 0.5])
+def test_relative_residuals_and_head_evidence_equal_the_reference(
+    norm: str, evidence: float, pico_files: Callable[..., Path], tmp_path: Path
+) -> None:
+    router = {"layers": [1, 2], "standardize": "length", "norm": norm, "evidence": evidence} | MODES["top1"]
+    recipe = pico_files(tasks=TASKS, base_merge="zeroshot", router=router)
+    case = Case(recipe, tmp_path, layer=1)
+    tower = {name: t.numpy() for name, t in case.exact_artifact.base.items()}
+    blocks = numpy_mass.vit_forward(tower, case.images.astype(np.float64), 2).mlp_inputs
+    shares = []
+    for layer in (1, 2):
+        z = blocks[layer][:, 0]
+        length = np.abs(z).sum(axis=1) if norm == "l1" else np.linalg.norm(z, axis=1)
+        single = Case(recipe, tmp_path, layer=layer, site="mlp", norm=norm).expected["residuals"]
+        shares.append(single / length[:, None])
+    score = 60 * np.mean(shares, axis=0)
+    if evidence:
+        score = score - evidence * head_claims(case)
+    eager, exported = case.eager(), case.onnx()
+    np.testing.assert_allclose(eager.residuals, score, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(exported.residuals, score, rtol=0, atol=2e-4)
+    np.testing.assert_array_equal(eager.selected.argmax(axis=1), score.argmin(axis=1))
+    np.testing.assert_array_equal(exported.selected, eager.selected)
+
+
 @pytest.mark.parametrize("base_merge", ["tsvm", "zeroshot"])
 @pytest.mark.parametrize("evidence", [0.0, 0.5])
 def test_several_taps_and_head_evidence_equal_the_reference(
