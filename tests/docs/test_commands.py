@@ -1,7 +1,7 @@
 """What the documentation says to type is typed here: bash and Python blocks run page by page, in their order.
 
-A block that cannot run here says so in its opening line, as in `bash no-run: needs a GPU`. Its commands, and those within
-sentences, are only parsed: the command exists, and so does each of its options.
+A block that cannot run here says so in its opening line, as in `bash no-run: needs a GPU`. Its commands, and those
+within sentences, are only parsed: the command exists, and so does each of its options.
 """
 
 from __future__ import annotations
@@ -72,12 +72,14 @@ WRITTEN = [
     if block.language == "bash" and not block.runs
     for words in commands(block.body)
 ]
+PROGRAM = re.compile(
+    r"`((?:mass|python -m runtime(?:\.serving)?|(?:python )?(?:\./)?scripts/\w+(?:\.py)?)(?: [^`]*)?)`"
+)
 SPANS = [
     (name, span)
     for name, page in PAGES.items()
-    for span in re.findall(r"`((?:mass|python -m runtime|python -m runtime\.serving|(?:\./)?scripts/\w+|python scripts/\w+\.py) ?[^`]*)`",
-                           FENCE.sub("", page.read_text(encoding="utf-8")))
-]  # fmt: skip
+    for span in PROGRAM.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
+]
 
 
 def label(case):
@@ -209,6 +211,7 @@ def sandbox(repository, tmp_path):
 def run(words, directory):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "120", "NO_COLOR": "1"}
+    environment["OMP_NUM_THREADS"] = "1"  # PyTorch's threads wait for each other, long where others work, too
     finished = subprocess.run(
         words,
         cwd=directory,
