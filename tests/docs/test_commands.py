@@ -238,6 +238,7 @@ def _word_pattern(word):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, found in ALL.items() if any(block.runs for block in found)])
 def test_the_blocks_of_a_page_run_and_print_what_it_shows(name, sandbox, request):
     if name != "docs/tutorial.md":  # which makes everything itself

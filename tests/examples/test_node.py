@@ -38,6 +38,8 @@ ROUTERS = {
     "weighted": ("paper", {"mode": "weighted", "threshold": 0.15, "head_choice": "mean"}),
 }
 
+pytestmark = pytest.mark.slow
+
 if shutil.which("node") is None:
     pytest.skip("node is not installed", allow_module_level=True)
 
