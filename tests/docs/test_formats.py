@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mass_export import artifact, artifact_header, router_spec, spec
+from mass_export import artifact, artifact_header, graph, router_spec, spec
 from mass_export.artifact import Calibration, write_artifact
 from mass_export.errors import ArtifactError
 from mass_export.factor_storage import Storage
@@ -20,7 +20,7 @@ from mass_export.merge import merge
 from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
-from runtime import bundle, engine_spec
+from runtime import bundle, cores, engine_spec, graph_files, routing
 from runtime.bundle import manifest_from_json
 from runtime.errors import BundleError
 
@@ -131,6 +131,9 @@ def test_versions_names_and_limits_are_those_of_the_code():
         f"| `format` | text | `{bundle.FORMAT}` |",
         f"| `schema_version` | integer | {bundle.SCHEMA_VERSION} |",
         f"at most {bundle.MAX_MANIFEST_BYTES >> 20} MiB",
+        f"opset {graph.OPSET}, IR version {graph.IR_VERSION}; at most {graph_files.MAX_GRAPH_BYTES >> 20} MiB",
+        f"greater than {cores.RELATIVE_CUTOFF**2:.0e} of the largest".replace("e-0", "e-"),
+        f"std(r) + {routing.STD_EPSILON:.0e}".replace("e-0", "e-"),
     ):
         assert text in BUNDLE
     for text in (

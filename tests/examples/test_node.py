@@ -177,6 +177,43 @@ def test_only_allowed_tasks_compete_in_node_too(bundles, tmp_path):
     np.testing.assert_allclose(theirs, result.gates, atol=1e-5)
 
 
+TOPK = {"layer": 1, "mode": "topk", "threshold": 0.05, "max_tasks": 3}
+
+
+@pytest.mark.parametrize(
+    ("keys", "twice"),
+    [
+        ({"compose": "sum", "sum_weights": "gates"}, False),
+        ({"compose": "sum", "vectors": "base"}, False),
+        ({"base_merge": "zeroshot", "head_choice": "mean"}, False),
+        ({"rank": 5}, True),
+    ],
+    ids=["sum by gates", "sum, vectors of the base", "zeroshot, mean heads", "the same task twice"],
+)
+def test_node_agrees_on_small_bundles_of_other_kinds(pico_files, tmp_path, keys, twice):
+    path = pico_files(tasks=4, router=TOPK, **keys)
+    if twice:  # then the stacked bases of both are rank-deficient
+        recipe = yaml.safe_load(path.read_text())
+        recipe["tasks"][2]["checkpoint"] = recipe["tasks"][1]["checkpoint"]
+        path.write_text(yaml.safe_dump(recipe))
+    progress = Progress(quiet=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IllConditionedWarning)
+        artifact = merge(load_recipe(path), progress)
+    write_artifact(tmp_path / "merged", artifact)
+    bundle = export_bundle(
+        artifact, tmp_path / "merged", tmp_path / "bundle", verify=False, progress=progress
+    )
+    pixel_values = np.random.default_rng(0).standard_normal((40, 3, 16, 16), np.float32)
+    with Classifier(bundle) as classifier:
+        result, expected = python_answers(classifier, pixel_values)
+    np.save(tmp_path / "pixel_values.npy", pixel_values)
+    found = answers(bundle, tmp_path / "pixel_values.npy")
+    assert result.selected.sum(axis=1).max() > 1
+    assert [(a["task"], a["label"]) for a in found] == [(p.task, p.label) for p in expected]
+    np.testing.assert_allclose([a["score"] for a in found], [p.score for p in expected], rtol=1e-3, atol=1e-4)
+
+
 def test_png_files_give_the_pixel_values_that_pillow_gives(bundles, tmp_path):
     files = []
     for mode in ("RGB", "L", "P", "RGBA", "1"):
