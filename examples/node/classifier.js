@@ -35,33 +35,34 @@ export class Classifier {
   /**
    * Classify normalised images.
    * @param {{data: Float32Array, shape: number[]}} pixelValues [B, 3, H, W]
-   * @param {string[]} [names] of the tasks that may answer; with one there is no first pass
+   * @param {string[]} [names] of the tasks that may answer, all if not given; with one there is no first pass
    * @returns {Promise<object[]>} what `python -m runtime --json` prints, and the set and whether it was verified
    */
-  async predict(pixelValues, names = this.manifest.tasks.map((task) => task.name)) {
+  async predict(pixelValues, names) {
     const { data, shape } = pixelValues;
     const wanted = [3, ...this.manifest.preprocess.image_size];
     if (shape.length !== 4 || wanted.some((size, i) => shape[i + 1] !== size)) {
       throw new BundleError(`pixel_values: expected shape [B, ${wanted.join(", ")}], got [${shape.join(", ")}].`);
     }
     if (!data.every(Number.isFinite)) throw new BundleError("pixel_values: NaN or infinity.");
-    const allowed = this.#indices(names);
+    const allowed = names ? this.#indices(names) : [...this.manifest.tasks.keys()];
+    const known = names?.length === 1;
     const size = data.length / shape[0];
     const predictions = [];
     for (let start = 0; start < shape[0]; start += BATCH_SIZE) {
       const count = Math.min(BATCH_SIZE, shape[0] - start);
       const images = Array.from({ length: count }, (_, i) => data.subarray((start + i) * size, (start + i + 1) * size));
-      predictions.push(...(await this.#predictBatch(images, allowed)));
+      predictions.push(...(await this.#predictBatch(images, allowed, known)));
     }
     return predictions;
   }
 
-  async #predictBatch(images, allowed) {
+  async #predictBatch(images, allowed, known) {
     const { router, tasks } = this.manifest;
-    if (allowed.length === 1) {
-      const known = Float32Array.from(tasks, (_, i) => (i === allowed[0] ? 1 : 0));
-      const logits = await this.#secondPass(images, images.map(() => allowed), images.map(() => known));
-      return logits.map((values) => this.#prediction(values, known, allowed, null, undefined, false));
+    if (known) {
+      const gates = Float32Array.from(tasks, (_, i) => (i === allowed[0] ? 1 : 0));
+      const logits = await this.#secondPass(images, images.map(() => allowed), images.map(() => gates));
+      return logits.map((values) => this.#prediction(values, gates, allowed, null, undefined, false));
     }
     const found = await this.firstPass.run({ pixel_values: this.#tensor(images) });
     const residuals = rows(found.residuals, tasks.length);
