@@ -292,10 +292,10 @@ def choose_layer(
 @click.option("--out", required=True, type=FILE, help="The page to write; an older one is replaced.")
 def report(scores: Path, out: Path) -> None:
     """Turn the demo's JSON file SCORES into one HTML page."""
-    from mass_export.report import render_report  # noqa: PLC0415
-    from mass_export.report_files import read_report, write_text  # noqa: PLC0415
+    from mass_export.report import render_report_file  # noqa: PLC0415
+    from mass_export.report_files import write_text  # noqa: PLC0415
 
-    write_text(out, render_report(read_report(scores)))
+    write_text(out, render_report_file(scores))
     click.echo(f"{click.style(f'Wrote {out}', fg='green', bold=True)}: {out.stat().st_size / 1e6:.1f} MB")
 
 

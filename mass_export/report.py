@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
+from mass_export.errors import ReportError
 from mass_export.report_charts import Bar, bar_chart, heat_map, line_chart
 from mass_export.report_curves import curves_section, latency_charts, residuals_section
+from mass_export.report_files import read_report
 from mass_export.report_html import command, figure, table
 from mass_export.report_style import CSS
 from mass_export.tables import (
@@ -71,6 +74,21 @@ def render_report(report: Mapping[str, Any]) -> str:
         "torch on test images that no choice was made on.</p>"
         f"{_tiles(report)}<nav>{links}</nav>{sections}</main></body></html>\n"
     )
+
+
+def render_report_file(path: Path) -> str:
+    """The same of a file.
+
+    Raises:
+        ReportError: no such file, or not a whole report of the demo.
+    """
+    report = read_report(path)
+    try:
+        return render_report(report)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ReportError(
+            f"{path}: not a whole report ({type(error).__name__}: {error}); give the report.json that the demo wrote."
+        ) from error
 
 
 def _entries(report: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any], Mapping[str, Any]]]:

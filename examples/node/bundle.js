@@ -27,6 +27,9 @@ export function readManifest(directory) {
         "with a mass-export that writes it.",
     );
   }
+  if ((manifest.preprocess.dtype ?? "float32") !== "float32") {
+    throw new BundleError(`${file}: its graphs take bytes, this program feeds float32; export it with --input float32.`);
+  }
   for (const name of Object.keys(manifest.files)) {
     if (!isPlainName(name)) throw new BundleError(`${file}: unsafe file name ${JSON.stringify(name)}.`);
   }

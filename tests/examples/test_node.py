@@ -281,6 +281,9 @@ def test_node_refuses_a_changed_file_and_another_schema_version(bundles, tmp_pat
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 3}))
     assert "schema version 3, this program reads 2" in refusal(copy, "image.png")
+    takes_bytes = manifest | {"preprocess": manifest["preprocess"] | {"dtype": "uint8"}}
+    (copy / "manifest.json").write_text(json.dumps(takes_bytes))
+    assert "export it with --input float32" in refusal(copy, "image.png")
     manifest["files"]["../weights.bin"] = manifest["files"]["weights.bin"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
     assert 'unsafe file name "../weights.bin"' in refusal(copy, "image.png")

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mass_export.errors import ReportError
-from mass_export.report import SECTIONS, render_report
+from mass_export.report import SECTIONS, render_report, render_report_file
 from mass_export.report_files import read_report, write_json, write_text
 from mass_export.tables import Table, accuracy_table, percent, routing_table, summary_table
 
@@ -266,3 +266,10 @@ def test_latency_is_drawn_by_batch_for_the_default(report):
     times = render_report(report).split('id="times"')[1].split("<section ")[0]
     assert times.count("<polyline") == 2
     assert "task given: 1 ms" in times
+
+
+def test_a_file_that_is_no_whole_report_is_one_error(report, tmp_path):
+    del report["command"]
+    write_json(tmp_path / "results.json", report)
+    with pytest.raises(ReportError, match=r"results\.json: not a whole report \(KeyError: 'command'\)"):
+        render_report_file(tmp_path / "results.json")
