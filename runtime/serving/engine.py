@@ -128,7 +128,9 @@ class Engine:
             )
             result = self.classifier.forward(pixel_values, tasks)
             top_k = max(part.top_k for part in parts)
-            named = iter(predictions_from_result(result, self.classifier.manifest.tasks, top_k))
+            known = self.classifier.manifest.tasks
+            threshold = self.classifier.router.unknown_threshold
+            named = iter(predictions_from_result(result, known, top_k, threshold))
             for index, part in zip(members, parts, strict=True):
                 found[index] = [_cut(next(named), part.top_k) for _ in range(len(part))]
         return found

@@ -82,9 +82,6 @@ class ServeSettings(Limits):
         None, "Threads of a replica; by default its share of the processors.", metavar="N"
     )
     name: str = option("mass", "The model's name in the Open Inference Protocol.", metavar="NAME")
-    unsure_below: float = option(
-        0.1, "A route with a smaller margin is counted as unknown.", metavar="MARGIN"
-    )
     watch: float | None = option(None, "Look for a new bundle in DIR this often.", metavar="SECONDS")
     address: str | None = option(None, "Join this Ray cluster instead of starting one.", metavar="ADDRESS")
     log_dir: str | None = option(None, "Write the logs (JSON lines) here.", metavar="DIR")

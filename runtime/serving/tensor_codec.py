@@ -104,7 +104,7 @@ def encode_response(
     entries, raw = [], []
     for name, binary in wanted.items():
         array = outputs[name]
-        datatype = "BYTES" if array.dtype == object else "FP32"
+        datatype = {"O": "BYTES", "b": "BOOL"}.get(array.dtype.kind, "FP32")
         entry: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
         if binary:
             data = _raw(array)
@@ -188,7 +188,7 @@ def _split(raw: bytes, count: int, where: str) -> list[bytes]:
 def _raw(array: NDArray[Any]) -> bytes:
     if array.dtype == object:
         return b"".join(struct.pack("<I", len(value)) + value for value in array.reshape(-1).tolist())
-    return array.astype("<f4").tobytes()
+    return array.tobytes() if array.dtype.kind == "b" else array.astype("<f4").tobytes()
 
 
 def _wanted(head: dict[str, Any], binary: bool) -> dict[str, bool] | None:  # noqa: FBT001

@@ -150,13 +150,18 @@ class _GraphBuilder:
 PIXEL_VALUES = TensorSpec("pixel_values", "float32", ("B", 3, SIZE, SIZE))
 
 
-def write_first_pass(toy, path):
+def write_first_pass(toy, path, *, with_unknown=False):
+    """With `unknown` it also tells how far even the nearest task is."""
     b = _GraphBuilder()
     z = b.op("MatMul", b.op("Flatten", "pixel_values"), b.constant(toy.embed))
     difference = b.op("Sub", b.op("Unsqueeze", z, b.integers(1)), b.constant(toy.centres))
     squares = b.op("ReduceSum", b.op("Mul", difference, difference), b.integers(2), keepdims=0)
     b.op("Sqrt", squares, out="residuals")
-    spec = PassSpec(path.name, (PIXEL_VALUES,), (TensorSpec("residuals", "float32", ("B", T)),))
+    outputs = [TensorSpec("residuals", "float32", ("B", T))]
+    if with_unknown:
+        b.op("ReduceMin", "residuals", b.integers(1), keepdims=0, out="unknown")
+        outputs.append(TensorSpec("unknown", "float32", ("B",)))
+    spec = PassSpec(path.name, (PIXEL_VALUES,), tuple(outputs))
     b.save(path, spec)
     return spec
 
@@ -203,7 +208,9 @@ def write_bundle(toy, directory, compose="tsvm", **router):
         data += array.astype("<f4").tobytes()
     (directory / "weights.bin").write_bytes(data)
     passes = {
-        FIRST_PASS: write_first_pass(toy, directory / "first_pass.onnx"),
+        FIRST_PASS: write_first_pass(
+            toy, directory / "first_pass.onnx", with_unknown="unknown_threshold" in router
+        ),
         SECOND_PASS: write_second_pass(toy, directory / "second_pass.onnx", compose),
     }
     tasks, start = [], 0

@@ -40,7 +40,17 @@ def test_the_real_client_finds_the_model(triton):
 @pytest.mark.parametrize("binary", [True, False])
 def test_the_real_client_gets_the_answers_of_the_classifier(triton, png, direct, engine, binary):
     contents = [png(seed) for seed in range(5)]
-    names = ["task", "label", "score", "top_labels", "top_scores", "gates", "residuals"]
+    names = [
+        "task",
+        "label",
+        "score",
+        "top_labels",
+        "top_scores",
+        "gates",
+        "residuals",
+        "unknown",
+        "is_unknown",
+    ]
     outputs = [http.InferRequestedOutput(name, binary_data=binary) for name in names]
     result = triton.infer(
         "mass", [bytes_input(contents)], outputs=outputs, request_id="7", parameters={"top_k": 2}
@@ -54,6 +64,10 @@ def test_the_real_client_gets_the_answers_of_the_classifier(triton, png, direct,
     assert result.as_numpy("score") == pytest.approx(np.array([found["score"] for found in wanted]), abs=1e-6)
     gates = np.array([[found["gates"][task] for task in engine.tasks] for found in wanted])
     assert result.as_numpy("gates") == pytest.approx(gates, abs=1e-6)
+    assert result.as_numpy("unknown") == pytest.approx(
+        np.array([found["unknown"] for found in wanted]), rel=1e-6
+    )
+    assert result.as_numpy("is_unknown").tolist() == [found["is_unknown"] for found in wanted]
     assert result.get_response()["id"] == "7"
 
 
@@ -66,6 +80,7 @@ def test_preprocessed_images_and_tasks_are_taken_too(triton, engine):
     wanted = engine.classifier.predict(list(pixels), ["birds"])
     assert list(result.as_numpy("label")) == [found.label.encode() for found in wanted]
     assert result.as_numpy("residuals") is None  # one task: no first pass
+    assert result.as_numpy("is_unknown") is None
 
 
 def test_json_alone_suffices(client, png, direct):
