@@ -117,22 +117,22 @@ class Engine:
 
     def run(self, batch: Sequence[Work]) -> list[list[Prediction]]:
         """Classify a batch whose requests may ask for different tasks; predictions of each, in order."""
-        found: list[list[Prediction]] = [[] for _ in batch]
         groups: dict[tuple[str, ...] | None, list[int]] = {}
         for index, work in enumerate(batch):
             groups.setdefault(work.tasks, []).append(index)
-        for tasks, members in groups.items():
-            parts = [batch[i] for i in members]
-            pixel_values = (
-                np.concatenate([part.pixel_values for part in parts]) if parts[1:] else parts[0].pixel_values
-            )
-            result = self.classifier.forward(pixel_values, tasks)
-            top_k = max(part.top_k for part in parts)
-            known = self.classifier.manifest.tasks
-            threshold = self.classifier.router.unknown_threshold
+        order = [index for members in groups.values() for index in members]
+        parts = [(sum(len(batch[i]) for i in members), tasks) for tasks, members in groups.items()]
+        images = [batch[index].pixel_values for index in order]
+        results = self.classifier.forward_parts(
+            images[0] if len(images) == 1 else np.concatenate(images), parts
+        )
+        known, threshold = self.classifier.manifest.tasks, self.classifier.router.unknown_threshold
+        found: list[list[Prediction]] = [[] for _ in batch]
+        for members, result in zip(groups.values(), results, strict=True):
+            top_k = max(batch[index].top_k for index in members)
             named = iter(predictions_from_result(result, known, top_k, threshold))
-            for index, part in zip(members, parts, strict=True):
-                found[index] = [_cut(next(named), part.top_k) for _ in range(len(part))]
+            for index in members:
+                found[index] = [_cut(next(named), batch[index].top_k) for _ in range(len(batch[index]))]
         return found
 
     def close(self) -> None:
