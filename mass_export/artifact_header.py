@@ -81,7 +81,7 @@ def _calibration(data: object) -> CalibrationInfo | None:
     if data is None:
         return None
     # Artifacts of earlier versions know less.
-    later = ("router", "unknown", "unknown_threshold", "stops", "stop_margin")
+    later = ("router", "unknown", "unknown_threshold", "stops", "stop_margin", "confidence_scale")
     return CalibrationInfo(**_fields(data, CalibrationInfo, "calibration", optional=later))
 
 

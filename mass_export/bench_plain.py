@@ -21,7 +21,7 @@ import mass_export
 from mass_export.errors import DataError
 from mass_export.graph import Graph
 from mass_export.heads import Head
-from mass_export.second_pass import add_heads, vector_sizes
+from mass_export.second_pass import CONV1, add_heads, vector_sizes
 from mass_export.spec import VisionSpec
 from mass_export.vit_graph import Layers, block, cls_row, embed, encode, pool
 from mass_export.weights_file import WeightsFile
@@ -96,7 +96,10 @@ def _base_parameters(
         for name, size in vector_sizes(spec).items():
             params[name] = row[start : start + size]
             start += size
-        params["conv1.weight"] = map_array(bundle, tables.conv1)[0].T.reshape(shapes["conv1.weight"])
+        if tables.conv1 is not None:
+            params[CONV1] = map_array(bundle, tables.conv1)[0].T.reshape(shapes[CONV1])
+        elif f"{BASE}{CONV1}.T" in stored:
+            params[CONV1] = _array(stored, f"{BASE}{CONV1}.T").T.reshape(shapes[CONV1])
     for name, shape in shapes.items():  # values do not matter for what is left, sizes do
         params.setdefault(name, np.full(shape, 0.02, np.float32))
     return {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in params.items()}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mass_export.progress import Progress
-from runtime.bundle import Manifest, read_manifest
+from runtime.bundle import Manifest, all_matrices, read_manifest
 from runtime.classifier import Classifier
 from runtime.errors import MassRuntimeError
 from runtime.onnx_session import OnnxSession
@@ -80,9 +80,9 @@ def resident_mib() -> tuple[float, float]:
 def used_mib(manifest: Manifest, tasks: int) -> float:
     """Size of what one batch of `tasks` different tasks reads: the base, a first pass of its own, rows of the tasks."""
     whole = sum(spec.bytes for name, spec in manifest.files.items() if name.endswith(".bin"))
-    stacks = [array for matrix in manifest.matrices for array in (matrix.u_t, matrix.s, matrix.vh)]
+    stacks = [array for matrix in all_matrices(manifest) for array in (matrix.u_t, matrix.s, matrix.vh)]
     if manifest.one_task is not None and (tables := manifest.one_task.tables) is not None:
-        stacks += [tables.vectors, tables.conv1]
+        stacks += [array for array in (tables.vectors, tables.conv1) if array is not None]
     unread = sum(array.nbytes * (1 - tasks / array.shape[0]) for array in stacks)
     return (whole - unread) / MIB
 

@@ -20,6 +20,7 @@ from runtime.bundle import (
     Manifest,
     MatrixBases,
     PassSpec,
+    StoredArray,
     VectorTables,
     json_from_manifest,
     map_array,
@@ -45,9 +46,14 @@ def convert_bundle_int8(
     passes, one_task = {}, manifest.one_task
     with WeightsFile(target / weights_file) as weights:
         stored = {matrix.name: _Bases(source, matrix) for matrix in manifest.matrices}
-        conv1, tables = None, None
-        if one_task is not None and one_task.tables is not None:
-            conv1 = _Convolutions(source, one_task.tables)
+        conv1 = None
+        tables = None if one_task is None else one_task.tables
+        if tables is not None and tables.conv1_bases is not None:
+            stored[tables.conv1_bases.name] = patches = _Bases(source, tables.conv1_bases)
+            vectors = weights.add(np.asarray(map_array(source, tables.vectors)))
+            tables = VectorTables(vectors, conv1_bases=patches.store(weights))
+        elif tables is not None and tables.conv1 is not None:
+            conv1 = _Convolutions(source, tables.vectors, tables.conv1)
             tables = conv1.store(weights)
         for name, spec in manifest.passes.items():
             kept = PRECISE_ROUTER if precise_router and name == FIRST_PASS else ()
@@ -58,7 +64,7 @@ def convert_bundle_int8(
             for file in one_task.files:
                 _convert_part(source / file, target / file, weights, conv1)
             one_task = dataclasses.replace(one_task, tables=tables)
-        matrices = tuple(bases.store(weights) for bases in stored.values())
+        matrices = tuple(stored[matrix.name].store(weights) for matrix in manifest.matrices)
     files = {p.name: FileSpec(p.stat().st_size, sha256_of_file(p)) for p in sorted(target.iterdir())}
     converted = dataclasses.replace(
         manifest,
@@ -96,10 +102,10 @@ class _Bases:
 class _Convolutions:
     """The tasks' patch convolutions, rounded; one scale for each output of each task."""
 
-    def __init__(self, source: Path, tables: VectorTables) -> None:
-        steps, self.scale = int8_rows(map_array(source, tables.conv1).transpose(0, 2, 1))
+    def __init__(self, source: Path, vectors: StoredArray, conv1: StoredArray) -> None:
+        steps, self.scale = int8_rows(map_array(source, conv1).transpose(0, 2, 1))
         self.steps: NDArray[np.int8] = np.ascontiguousarray(steps.transpose(0, 2, 1))  # [T, 3*P*P, D]
-        self._vectors: NDArray[Any] = np.asarray(map_array(source, tables.vectors))
+        self._vectors: NDArray[Any] = np.asarray(map_array(source, vectors))
 
     def store(self, weights: WeightsFile) -> VectorTables:
         return VectorTables(weights.add(self._vectors), weights.add(self.steps), weights.add(self.scale))

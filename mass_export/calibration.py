@@ -30,6 +30,7 @@ from mass_export.artifact import Artifact, Calibration
 from mass_export.discriminant import (
     cross_validated_distances,
     cross_validated_posterior,
+    fit_confidence_scale,
     fit_discriminant,
     fit_known_images,
     macro_accuracy,
@@ -212,6 +213,9 @@ def calibrate_task_images(
         router=artifact.info.router,
         stops=early.stops,
         stop_margin=early.margin,
+        confidence_scale=None
+        if incomplete or residual_weight
+        else fit_confidence_scale(early.scores, labels),
     )
     router = artifact.info.router
     if not incomplete:  # the discriminant knows better, and needs no whole tower

@@ -75,6 +75,30 @@ def macro_accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> fl
     return macro_average(scores.argmax(axis=1) == labels, labels)
 
 
+def fit_confidence_scale(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """The scale at which `softmax(scale * scores)` is the likeliest probability of the tasks: one number, by bisection.
+
+    The log-likelihood is concave in the scale; at its top the own task's score is what the softmax expects on average
+    (temperature scaling: Guo et al. 2017, "On calibration of modern neural networks", section 4.2).
+
+    Args:
+        scores: of images that the scores' fit has not seen; higher is likelier. [n, K]
+        labels: their tasks. [n]
+
+    Returns:
+        in [1e-3, 1e3]; at the upper end where no image is routed wrongly
+    """
+    own = scores[np.arange(len(labels)), labels]
+    low, high = np.log(1e-3), np.log(1e3)
+    for _ in range(60):
+        middle = (low + high) / 2
+        scaled = np.exp(middle) * (scores - scores.max(axis=1, keepdims=True))
+        shares = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
+        surer = np.mean(own - (shares * scores).sum(axis=1)) > 0
+        low, high = (middle, high) if surer else (low, middle)
+    return float(np.exp(low))
+
+
 def fit_known_images(features: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     """What `mass_export.routing.whitened_distance` compares features with.
 

@@ -12,7 +12,7 @@ done, so that a file needs no further description:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,8 +60,7 @@ def encode(tensors: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]
     stored = dict(tensors)
     if storage.patch_embed == "low_rank":
         for name in [name for name in stored if _PATCH.fullmatch(name)]:
-            rank = _PATCH_RANKS * _largest_rank(name, tensors)
-            stored |= _patch_factors(name, stored.pop(name), rank)
+            stored |= _patch_factors(name, stored.pop(name), patch_rank(_ranks(name, tensors)))
     if storage.factor_dtype == "float32":
         return stored
     half = _HALF[storage.factor_dtype]
@@ -104,6 +103,11 @@ def decode(stored: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
             f"{where}: encoded tensors do not fit each other ({error}). Copy or merge the artifact again."
         ) from error
     return tensors
+
+
+def patch_rank(ranks: Iterable[int]) -> int:
+    """Rank that the delta of conv1 is kept with, for a task whose matrices have these."""
+    return _PATCH_RANKS * max(ranks)
 
 
 def storage_of(stored: Mapping[str, Tensor]) -> Storage:
@@ -149,9 +153,10 @@ def _patch_factors(name: str, delta: Tensor, rank: int) -> dict[str, Tensor]:
     return {f"{name}.{part}": tensor for part, tensor in vars(factors).items()}
 
 
-def _largest_rank(name: str, tensors: Mapping[str, Tensor]) -> int:
+def _ranks(name: str, tensors: Mapping[str, Tensor]) -> list[int]:
+    """Of the matrices of the task whose conv1 this is."""
     task = name.removesuffix("conv1.weight.delta")
-    return max(len(t) for key, t in tensors.items() if key.startswith(task) and key.endswith(".s"))
+    return [len(t) for key, t in tensors.items() if key.startswith(task) and key.endswith(".s")]
 
 
 def _to_half(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

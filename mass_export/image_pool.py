@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from mass_export.datasets import IMAGE_SUFFIXES, LabelledImages, read_arrays
 from mass_export.errors import DataError
 from runtime.bundle import PreprocessSpec
+from runtime.preprocess import ImageSource
 
 
 def load_pool(place: Path, spec: PreprocessSpec, limit: int | None = None) -> NDArray[np.float32]:
@@ -26,18 +27,29 @@ def load_pool(place: Path, spec: PreprocessSpec, limit: int | None = None) -> ND
     Raises:
         DataError: there are no images, or one cannot be read.
     """
-    if place.suffix == ".npz":
-        sources = list(_array(place))
-    elif place.is_dir():
-        sources = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    else:
-        sources = [place] if place.is_file() else []
+    sources: list[ImageSource] = [*_array(place)] if place.suffix == ".npz" else [*image_files(place)]
     if not sources:
-        raise DataError(
-            f"{place}: no images; give a folder of images or an .npz file with an array 'images'."
-        )
+        raise DataError(f"{place}: its array 'images' is empty.")
     images = LabelledImages(place, sources, np.zeros(len(sources), np.int64))
     return (images if limit is None else images.sample(limit)).pixel_values(spec)
+
+
+def image_files(place: Path) -> list[Path]:
+    """An image file itself, or all of a folder, searched recursively, sorted.
+
+    Raises:
+        DataError: there are none.
+    """
+    if place.is_dir():
+        files = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    else:
+        files = [place] if place.is_file() else []
+    if not files:
+        fault = "no images in this folder" if place.is_dir() else "no such file or folder"
+        raise DataError(
+            f"{place}: {fault}; give images ({', '.join(sorted(IMAGE_SUFFIXES))}) or a folder of them."
+        )
+    return files
 
 
 def _array(file: Path) -> NDArray[np.uint8]:

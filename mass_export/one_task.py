@@ -6,7 +6,8 @@ single task needs no core (MASS.md section 4): `y = x W0^T + ((x VH^T) * s) U^T 
 
 - Bases, biases and LayerNorm parameters of all tasks are fed as they lie in the mapped weights file; the graph gathers
   the rows of the sets' tasks where it needs them, while they are in the cache.
-- The patch convolution, which each task has in full, is a graph of its own that runs set by set: it is not copied.
+- The patch convolution, where each task has it in full, is a graph of its own that runs set by set: it is not copied.
+  Where the tasks' deltas are kept as bases it is a product like all others.
 - Where the first pass runs on the base it is the same computation with bases of rank zero. The tower is then cut where
   the router has read enough, or may have: the blocks before run for both passes, then the router, the blocks behind, or
   both for those images of which the router is not sure. So a CPU holds the base's weights, which ONNX Runtime
@@ -29,7 +30,7 @@ from mass_export.artifact import Artifact
 from mass_export.first_pass import add_blocks, add_router, stops_of
 from mass_export.graph import Graph
 from mass_export.router_spec import Tap
-from mass_export.second_pass import add_heads, vector_sizes
+from mass_export.second_pass import CONV1, add_heads, vector_sizes
 from mass_export.spec import VisionSpec
 from mass_export.vit_graph import Layers, bias_name, cut_patches, encode_rest, tokens
 from mass_export.weights_file import WeightsFile
@@ -81,6 +82,15 @@ class OneTaskLayers(Layers):
         delta = graph.op("MatMul", graph.op("Mul", h, self._scale(name)), left)
         y = graph.op("Add", graph.op("Add", y, delta), bias)
         return graph.op("Reshape", y, graph.integers(-1, rows, stop - start))
+
+    def patch_projection(self, patches: ir.Value) -> ir.Value:
+        """`x W0^T + ((x VH^T) * s) U^T` for all sets at once: [B, N-1, 3*P*P] -> [B, N-1, D]."""
+        graph, D = self.graph, self.spec.width
+        x = self._by_set(patches, int(self._bases[CONV1].vh.shape[2]))
+        h = graph.op("Mul", graph.op("MatMul", x, self._transposed(self._right(CONV1))), self._scale(CONV1))
+        delta = graph.op("MatMul", h, self._left(CONV1))
+        y = graph.op("Add", self._by_set(super().patch_projection(patches), D), delta)
+        return graph.op("Reshape", y, graph.integers(-1, self.spec.tokens - 1, D))
 
     def parameter(self, name: str) -> ir.Value:
         """The base's, or of the vector parameters each set's own. [S, 1, P]"""
@@ -195,9 +205,14 @@ class _Writer:
         return tokens(layers, layers.graph.input(PATCHES, ir.DataType.FLOAT, shape))
 
     def patches(self) -> str:
-        """Pixel values, and each task's own convolution [3*P*P, D] -> projected patches."""
+        """Pixel values, and each task's own convolution [3*P*P, D] or its bases -> projected patches."""
         graph, vision = Graph(f"{ONE_TASK}_{PATCHES}", self.weights), self.artifact.info.vision
         images = graph.input("pixel_values", ir.DataType.FLOAT, ["B", 3, *vision.image_size])
+        if self.tables is not None and self.tables.conv1_bases is not None:
+            bases = {CONV1: self.tables.conv1_bases}
+            layers = OneTaskLayers(graph, vision, self.artifact.base, bases, own_vectors=False)
+            projected = layers.patch_projection(cut_patches(graph, vision, images))
+            return self.save(graph, {PATCHES: (projected, ["B", vision.tokens - 1, vision.width])})
         side = 3 * vision.patch_size[0] * vision.patch_size[1]
         if self.tables is None:
             conv1 = Layers(graph, vision, self.artifact.base, "base.").patch_weight()

@@ -19,6 +19,7 @@ from mass_export.graph import Graph
 from mass_export.one_task import write_one_task
 from mass_export.progress import Progress
 from mass_export.second_pass import AdaptiveLayers, add_second_pass, store_bases, store_vectors
+from mass_export.spec import ArtifactInfo
 from mass_export.staging import replace_directory, staging
 from mass_export.verify import verify_bundle
 from mass_export.vit_graph import Layers
@@ -44,6 +45,8 @@ from runtime.engine_settings import EngineSettings
 from runtime.engine_spec import Precision
 
 WEIGHTS_FILE = "weights.bin"
+# Turns the default router's scores into probabilities on validation images of the zoo; elsewhere it only ranks.
+STANDARDIZED_CONFIDENCE = 2.0
 
 
 def export_bundle(
@@ -142,6 +145,7 @@ def write_bundle(artifact: Artifact, artifact_path: Path, directory: Path, progr
                 artifact.base,
                 artifact.tasks,
                 with_base=not artifact.merged,
+                patch_embed=artifact.storage.patch_embed,
             )
         second = _write_second_pass(artifact, weights, directory, bases, tables)
         one_task = write_one_task(artifact, weights, directory, bases, tables)
@@ -219,6 +223,7 @@ def _manifest(
             verify_budget=router.verify_budget,
             verify_prior=router.verify_prior,
             unknown_threshold=None if info.calibration is None else info.calibration.unknown_threshold,
+            confidence_scale=_confidence_scale(info),
             layers=tuple(sorted({tap.layer for tap in info.taps()})),
             site=router.site,
             token=router.token,
@@ -237,6 +242,13 @@ def _manifest(
             **info.provenance,
         },
     )
+
+
+def _confidence_scale(info: ArtifactInfo) -> float:
+    """Of the images that taught the router, else one that suits z-scores over the tasks."""
+    if info.calibration is not None and info.calibration.confidence_scale is not None:
+        return info.calibration.confidence_scale
+    return STANDARDIZED_CONFIDENCE if info.router.standardize == "tasks" else 1.0
 
 
 def _check_replaceable(out: Path) -> None:

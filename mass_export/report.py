@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from mass_export.report_charts import Bar, bar_chart, heat_map, line_chart
+from mass_export.report_curves import curves_section, latency_charts, residuals_section
 from mass_export.report_html import command, figure, table
 from mass_export.report_style import CSS
 from mass_export.tables import SUITES, Table, accuracy_table, percent, routing_table, summary_table
@@ -15,7 +16,9 @@ SECTIONS = {
     "accuracy": "Accuracy",
     "tasks": "Task by task",
     "routing": "Routing",
+    "residuals": "Residuals by block and task",
     "layers": "Choice of the routing layer",
+    "curves": "By rank and by number of tasks",
     "images": "Images and answers",
     "parity": "Parity with the eager model",
     "sizes": "Sizes",
@@ -37,7 +40,9 @@ def render_report(report: Mapping[str, Any]) -> str:
         "accuracy": _accuracy(report),
         "tasks": _tasks(report),
         "routing": _routing(report),
+        "residuals": residuals_section(_suites(report), report["command"]),
         "layers": _layers(report),
+        "curves": curves_section(_suites(report), report["command"]),
         "images": _images(report),
         "parity": _parity(report),
         "sizes": _sizes(report),
@@ -66,6 +71,11 @@ def _entries(report: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str,
         suite = report[suite_name]
         for name in suite["configurations"]:
             yield _suite_title(suite_name), name, suite[name], suite
+
+
+def _suites(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every (suite title, suite)."""
+    return [(_suite_title(name), report[name]) for name in report["suites"]]
 
 
 def _suite_title(name: str) -> str:
@@ -252,11 +262,12 @@ def _times(report: Mapping[str, Any]) -> str:
         for title, name, scores, _ in _entries(report)
         for times in [scores["times"]]
     ]
+    shown = [(title, name, scores) for title, name, scores, _ in _entries(report) if name == "default"]
     return (
         "<p>Classifying runs every test image twice, with the task unknown and given. Latencies are float32 on the CPU "
         f"without preprocessing, {escape(str(report['machine']['processors']))} processors, best of three runs over "
         f"128 images; the whole demo took {report['total_time_s']:.0f} s.</p>"
-        f"{table(Table('Times', columns, tuple(rows)))}{command(report['command'])}"
+        f"{table(Table('Times', columns, tuple(rows)))}{latency_charts(shown)}{command(report['command'])}"
     )
 
 

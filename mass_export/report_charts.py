@@ -72,32 +72,85 @@ def bar_chart(bars: Sequence[Bar], limit: float | None = None) -> str:
     return "".join(parts) + "</svg>"
 
 
-def line_chart(series: Mapping[str, Sequence[float]], x_label: str) -> str:
-    """Shares (0 to 1) by position 0, 1, .. with a legend; a line for each series."""
-    left, top, width, height = 44, 12, 400, 180
+def line_chart(
+    series: Mapping[str, Sequence[float]],
+    x_label: str,
+    ticks: Sequence[str] | None = None,
+    limit: float | None = None,
+    unit: str = "",
+) -> str:
+    """Values at evenly spaced places with a legend; a line for each series.
+
+    Args:
+        series: name -> values.
+        x_label: below the axis.
+        ticks: names of the places; their numbers by default.
+        limit: of the vertical axis, which begins at zero; without it values are shares and it ends at 100%.
+        unit: of the vertical axis, with a limit.
+    """
+    left, top, width, height = 52, 12, 392, 180
     count = max(len(values) for values in series.values())
+    ticks = [str(i) for i in range(count)] if ticks is None else ticks
     step = width / max(count - 1, 1)
     box = f"0 0 {left + width + 24} {top + height + 44 + 20 * len(series)}"
     parts = [f'<svg viewBox="{box}" role="img" aria-label="by {escape(x_label)}">']
-    for tenth in range(0, 11, 2):
-        y = top + height * (1 - tenth / 10)
+    for fifth in range(6):
+        y = top + height * (1 - fifth / 5)
+        text = f"{20 * fifth}%" if limit is None else f"{limit * fifth / 5:.3g}{unit}"
         parts.append(
             f'<line class="frame" x1="{left}" x2="{left + width}" y1="{y}" y2="{y}"/>'
-            f'<text class="soft" x="{left - 8}" y="{y + 4}" text-anchor="end">{tenth * 10}%</text>'
+            f'<text class="soft" x="{left - 8}" y="{y + 4}" text-anchor="end">{escape(text)}</text>'
         )
-    for i in range(count):
+    for i, tick in enumerate(ticks):
         x = left + i * step
-        parts.append(f'<text class="soft" x="{x}" y="{top + height + 18}" text-anchor="middle">{i}</text>')
+        parts.append(
+            f'<text class="soft" x="{x}" y="{top + height + 18}" text-anchor="middle">{escape(tick)}</text>'
+        )
     parts.append(f'<text class="soft" x="{left}" y="{top + height + 38}">{escape(x_label)}</text>')
     for row, (name, values) in enumerate(series.items()):
         colour = f"var({LINE_COLOURS[row % len(LINE_COLOURS)]})"
-        points = [(left + i * step, top + height * (1 - value)) for i, value in enumerate(values)]
+        points = [(left + i * step, top + height * (1 - v / (limit or 1.0))) for i, v in enumerate(values)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" style="fill: none; stroke: {colour}; stroke-width: 2.5"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill: {colour}"/>' for x, y in points]
+        for (x, y), value in zip(points, values, strict=True):
+            shown = f"{100 * value:.1f}%" if limit is None else f"{value:.3g}{unit}"
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill: {colour}"><title>{escape(name)}: '
+                f"{escape(shown)}</title></circle>"
+            )
         y_legend = top + height + 58 + 20 * row
         parts.append(
             f'<rect x="{left}" y="{y_legend - 10}" width="14" height="10" rx="3" style="fill: {colour}"/>'
             f'<text x="{left + 22}" y="{y_legend}">{escape(name)}</text>'
         )
+    return "".join(parts) + "</svg>"
+
+
+def strength_map(
+    columns: Sequence[str], values: Sequence[Sequence[float]], texts: Sequence[Sequence[str]], rows: str
+) -> str:
+    """Values of any scale as shades, from the smallest (at most 0) to the largest; row 0 is the lowest."""
+    width, height, left, top = 46, 30, 84, 84
+    edge = height * len(values)
+    low, high = min(0.0, *map(min, values)), max(map(max, values))
+    span = (high - low) or 1.0
+    box = f"0 0 {left + width * len(columns) + 26} {top + edge + 22}"
+    parts = [f'<svg viewBox="{box}" role="img" aria-label="by {escape(rows)} and task">']
+    for j, name in enumerate(columns):
+        x = left + j * width + width / 2 + 4
+        parts.append(f'<text transform="translate({x} {top - 8}) rotate(-50)">{escape(name)}</text>')
+    for i, row in enumerate(values):
+        y = top + (len(values) - 1 - i) * height
+        parts.append(
+            f'<text x="{left - 8}" y="{y + height / 2 + 4}" text-anchor="end">{escape(rows)} {i}</text>'
+        )
+        for j, value in enumerate(row):
+            share, x = (value - low) / span, left + j * width
+            style = ' class="strong"' if share >= STRONG_SHARE else ""
+            parts.append(
+                f'<rect class="cell" x="{x + 1}" y="{y + 1}" width="{width - 2}" height="{height - 2}" rx="4" '
+                f'fill-opacity="{0.05 + 0.95 * share:.3f}"/>'
+                f'<text{style} x="{x + width / 2}" y="{y + height / 2 + 4}" text-anchor="middle">'
+                f"{escape(texts[i][j])}</text>"
+            )
     return "".join(parts) + "</svg>"

@@ -176,6 +176,7 @@ class CalibrationInfo(FromMapping):
         unknown_threshold: images at a greater distance are unknown.
         stops: blocks before which an image may stop, ascending: a discriminant reads the mlp inputs up to theirs.
         stop_margin: of the log posterior; an image stops where its best task leads by it.
+        confidence_scale: of the score in the route's confidence, fitted to the images; None without their tasks.
     """
 
     level: CalibrationLevel
@@ -189,8 +190,14 @@ class CalibrationInfo(FromMapping):
     unknown_threshold: float | None = None
     stops: tuple[int, ...] = ()
     stop_margin: float = 0.0
+    confidence_scale: float | None = None
 
     def __post_init__(self) -> None:
+        scale = self.confidence_scale
+        require(
+            scale is None or (is_real(scale) and scale > 0),
+            f"calibration.confidence_scale: expected a number > 0, got {scale!r}.",
+        )
         if isinstance(self.unknown, dict):
             object.__setattr__(self, "unknown", Tap(**self.unknown))
         value = self.unknown_threshold

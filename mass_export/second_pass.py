@@ -22,23 +22,33 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mass_export.artifact import TaskFactors
+from mass_export.factor_storage import patch_rank
 from mass_export.graph import Graph
 from mass_export.heads import Head
-from mass_export.spec import MergeSettings, VisionSpec
+from mass_export.low_rank import LowRank, factorize
+from mass_export.spec import MergeSettings, PatchEmbed, VisionSpec
 from mass_export.vit_graph import Layers, bias_name, encode
 from mass_export.weights_file import WeightsFile
 from runtime.bundle import MatrixBases, StoredArray, VectorTables
 
 CORE_PREFIX = "cores."
+CONV1 = "conv1.weight"
+# Relative to the delta: what float32 leaves of factors that were multiplied and taken apart again.
+LOW_RANK_TOLERANCE = 1e-5
 
 
 def store_bases(weights: WeightsFile, tasks: Sequence[TaskFactors], name: str) -> MatrixBases:
     """Stack one matrix' factors over the tasks, padded to the largest rank, into the weights file."""
-    factors = [task.matrices[name] for task in tasks]
+    return store_factors(weights, [task.matrices[name] for task in tasks], name, CORE_PREFIX + name)
+
+
+def store_factors(weights: WeightsFile, factors: Sequence[LowRank], name: str, core: str) -> MatrixBases:
+    """The same for any factors."""
     T, R = len(factors), max(f.rank for f in factors)
     u_t = np.zeros((T, R, factors[0].u.shape[0]), dtype=np.float32)
     s = np.zeros((T, R), dtype=np.float32)
@@ -46,7 +56,15 @@ def store_bases(weights: WeightsFile, tasks: Sequence[TaskFactors], name: str) -
     for i, f in enumerate(factors):
         u_t[i, : f.rank], s[i, : f.rank], vh[i, : f.rank] = f.u.numpy().T, f.s.numpy(), f.vh.numpy()
     ranks = tuple(f.rank for f in factors)
-    return MatrixBases(name, CORE_PREFIX + name, ranks, weights.add(u_t), weights.add(s), weights.add(vh))
+    return MatrixBases(name, core, ranks, weights.add(u_t), weights.add(s), weights.add(vh))
+
+
+def patch_factors(task: TaskFactors) -> LowRank | None:
+    """What a task changes of the patch convolution as factors [D, 3*P*P], None if it takes more than it may."""
+    delta = task.vectors[CONV1].double().flatten(1)
+    factors = factorize(delta, min(*delta.shape, patch_rank(f.rank for f in task.matrices.values())))
+    lost = float((factors.delta() - delta).norm())
+    return factors.to(torch.float32) if lost <= LOW_RANK_TOLERANCE * float(delta.norm()) else None
 
 
 def vector_sizes(spec: VisionSpec) -> dict[str, int]:
@@ -61,6 +79,7 @@ def store_vectors(
     tasks: Sequence[TaskFactors],
     *,
     with_base: bool,
+    patch_embed: PatchEmbed = "full",
 ) -> VectorTables:
     """The vector parameters of every task's own model, base and delta added up, into the weights file.
 
@@ -72,6 +91,7 @@ def store_vectors(
         base: its parameters.
         tasks: whose models.
         with_base: a last row with the base's own.
+        patch_embed: `low_rank` keeps what the tasks change of the patch convolution as bases, if it is of low rank.
     """
 
     def value(task: TaskFactors | None, name: str) -> NDArray[np.float32]:
@@ -81,8 +101,12 @@ def store_vectors(
 
     models = [*tasks, None] if with_base else [*tasks]
     rows = [np.concatenate([value(model, name) for name in vector_sizes(spec)]) for model in models]
-    name = "conv1.weight"
-    conv1 = [value(model, name).reshape(spec.width, -1).T for model in models]  # [3*P*P, D] each
+    if patch_embed == "low_rank":
+        factors = [found for task in tasks if (found := patch_factors(task)) is not None]
+        if len(factors) == len(tasks):
+            bases = store_factors(weights, factors, CONV1, "")
+            return VectorTables(weights.add(np.stack(rows)), conv1_bases=bases)
+    conv1 = [value(model, CONV1).reshape(spec.width, -1).T for model in models]  # [3*P*P, D] each
     return VectorTables(weights.add(np.stack(rows)), weights.add(np.stack(conv1)))
 
 
@@ -100,7 +124,9 @@ class AdaptiveLayers(Layers):
     ) -> None:
         super().__init__(graph, spec, base, "base.")
         self._settings = settings
-        self._bases = bases
+        self._bases = dict(bases)
+        if tables is not None and tables.conv1_bases is not None:
+            self._bases[CONV1] = tables.conv1_bases
         self._slots = graph.input("slots", ir.DataType.INT64, ["S", "K"])
         self._weights = graph.input("weights", ir.DataType.FLOAT, ["S", "K"])
         self._cores: dict[str, ir.Value] = {}
@@ -137,10 +163,14 @@ class AdaptiveLayers(Layers):
         return graph.op("Add", scaled, self._values[f"{name}.bias"])
 
     def patch_projection(self, patches: ir.Value) -> ir.Value:
-        """conv1 with the set's weight: one product, of a weight that each task has in full."""
+        """conv1 with the set's weight, which each task has in full, or as bases beside the base's."""
         if self._tables is None:
             return super().patch_projection(patches)
         graph = self.graph
+        if self._tables.conv1 is None:
+            h = graph.op("MatMul", patches, self._transpose(self._right(CONV1)))
+            delta = graph.op("MatMul", graph.op("Mul", h, self._shares_of(CONV1)), self._left(CONV1))
+            return graph.op("Add", super().patch_projection(patches), delta)
         table = graph.stored_weight("vectors.conv1.weight.T", self._tables.conv1)
         mean = self._mean_over_slots(graph.op("Reshape", table, graph.integers(0, -1)))  # [S, 1, 3*P*P*D]
         weight = graph.op("Reshape", mean, graph.integers(0, -1, self.spec.width))  # [S, 3*P*P, D]
@@ -201,6 +231,15 @@ class AdaptiveLayers(Layers):
         )
         s = graph.op("Mul", s, graph.op("Unsqueeze", self._weights, graph.integers(2)))  # [S, K, R]
         return graph.op("Mul", h, graph.op("Reshape", s, graph.integers(0, 1, -1)))
+
+    def _shares_of(self, name: str) -> ir.Value:
+        """`s_k / K`, for the mean of a set's deltas. [S, 1, K*R]"""
+        graph = self.graph
+        s = graph.op(
+            "Gather", graph.stored_weight(f"bases.{name}.s", self._bases[name].s), self._slots, axis=0
+        )
+        count = graph.op("Cast", graph.op("Shape", self._slots, start=1), to=int(ir.DataType.FLOAT))  # K
+        return graph.op("Reshape", graph.op("Div", s, count), graph.integers(0, 1, -1))
 
     def _transpose(self, value: ir.Value) -> ir.Value:
         return self.graph.op("Transpose", value, perm=[0, 2, 1])

@@ -48,7 +48,7 @@ def add_serving_commands(group: click.Group, example: Callable[..., str]) -> Non
     )
     @setting_options(ServeSettings)
     def serve(**options: Any) -> None:
-        """Answer requests over HTTP, batched across clients, on Ray Serve.
+        """Answer requests over HTTP, batched, on Ray Serve.
 
         A page is at /, the API at /v1/classify and /v2 (Open Inference Protocol). With MASS_API_KEY set, clients
         must send that key. Needs the extra `serve`.
@@ -65,7 +65,7 @@ def add_serving_commands(group: click.Group, example: Callable[..., str]) -> Non
     )
     @setting_options(BatchSettings)
     def batch(**options: Any) -> None:
-        """Classify any number of images into one Parquet file, on Ray Data.
+        """Classify many images into one Parquet file, on Ray Data.
 
         Every image is one row; one that cannot be read has its error there. A job that was interrupted goes on when
         the same command is given again. Needs the extra `serve`.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mass_export.artifact import Artifact, write_artifact
+from mass_export.artifact import Artifact, read_artifact, write_artifact
 from mass_export.baselines import baselines_to_dict, evaluate_baselines, tsvm_recipe
 from mass_export.calibration import calibrate_pool, calibrate_task_images
 from mass_export.datasets import DEFAULT_SPLIT, load_labelled_images
@@ -23,8 +23,9 @@ from mass_export.merge import merge
 from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import Recipe, load_recipe
-from mass_export.router_spec import PAPER_ROUTER
+from mass_export.router_spec import PAPER_ROUTER, RouterSettings
 from mass_export.spec import TaskInfo
+from mass_export.suite_curves import accuracy_by_rank, accuracy_by_tasks, residuals_by_block
 from mass_export.verify import verify_bundle
 from runtime.classifier import Classifier
 
@@ -34,6 +35,7 @@ WIDER = 2.0  # where routes are as good as with images of every task, the tasks'
 VERIFIED_IMAGES = 512
 TIMED_IMAGES = 128
 TIMED_REPEATS = 3
+TIMED_BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,37 @@ def run_suite(
         report[configuration.name] = _run(
             configuration, recipe, data, out, split, baselines[0].tasks, progress
         )
+    start = time.perf_counter()
+    report["curves"] = _curves(recipe, data, split, baselines[0].tasks, out, report, progress)
+    report["curves_time_s"] = time.perf_counter() - start
     return report
+
+
+def _curves(
+    recipe: Recipe,
+    data: Path,
+    split: str,
+    finetuned: Mapping[str, float],
+    out: Path,
+    report: Mapping[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    """What the configurations that were run do at other ranks and with fewer tasks; the paper's layer stays."""
+    builds: dict[str, Callable[[Recipe], Artifact]] = {}
+    blocks = {}
+    if "paper" in report:
+        router = RouterSettings(**report["paper"]["settings"]["router"])
+        builds["paper"] = lambda r: merge(dataclasses.replace(tsvm_recipe(r), router=router), progress)
+    if "default" in report:
+        builds["default"] = lambda r: merge(r, progress)
+        artifact = read_artifact(out / "default.safetensors")
+        if artifact.info.router.site != "both":
+            blocks = residuals_by_block(recipe, artifact, data, split, progress)
+    return {
+        "ranks": accuracy_by_rank(recipe, data, split, finetuned, progress) if "default" in report else [],
+        "tasks": accuracy_by_tasks(recipe, data, split, finetuned, builds, progress),
+        "residuals": blocks,
+    }
 
 
 def _run(
@@ -241,7 +273,7 @@ def latency_ms(bundle: Path, pixel_values: NDArray[np.float32], task: str) -> di
     """Milliseconds per image on the CPU, by batch size, with the task unknown and given; best of three runs."""
     latencies: dict[str, dict[str, float]] = {}
     with Classifier(bundle, provider="cpu") as classifier:
-        for batch in (1, 32):
+        for batch in TIMED_BATCHES:
             runs = {"unknown": None, "given": [task]}
             latencies[str(batch)] = {
                 known: min(_seconds(classifier, pixel_values, batch, tasks) for _ in range(TIMED_REPEATS))

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
+    from runtime.prediction import Prediction
+
 SUITES = {"core": "Core eight", "hard": "Hard ten"}
 SHORT = {
     "finetuned": "Fine-tuned",
@@ -57,7 +59,7 @@ class Table:
         from rich.table import Table as RichTable  # noqa: PLC0415
 
         table = RichTable(
-            title=self.title,
+            title=self.title or None,
             title_justify="left",
             title_style="bold",
             box=box.SIMPLE_HEAD,
@@ -155,6 +157,19 @@ def layer_table(scores: Sequence[Mapping[str, Any]]) -> Table:
         for score in scores
     ]
     return Table("Routing layers, on validation images", columns, tuple(rows))
+
+
+def answers_table(names: Sequence[str], predictions: Sequence[Prediction]) -> Table:
+    """What is on some images: the answer, how sure it is, and what else it might be."""
+    columns = ("Image", "Task", "Route", "Label", "Score", "Next")
+    rows = []
+    for name, found in zip(names, predictions, strict=True):
+        further = ", ".join(f"{label} {percent(score)}" for _, label, score in found.alternatives[1:])
+        task = f"{found.task} (unknown?)" if found.is_unknown else found.task
+        rows.append(
+            (name, task, percent(found.route_confidence), found.label, percent(found.score), further or "-")
+        )
+    return Table("", columns, tuple(rows))
 
 
 def summary_table(report: Mapping[str, Any]) -> Table:

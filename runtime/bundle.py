@@ -92,7 +92,7 @@ class MatrixBases:
 
     Attributes:
         name: parameter name, as in the checkpoint (`visual.` stripped).
-        core: name of the second-pass input that takes this matrix' cores.
+        core: name of the second-pass input that takes this matrix' cores, or empty.
         ranks: rank of each task, at most R.
         u_t: transposed left bases, rows orthonormal. [T, R, D_out]
         s: singular values, descending. [T, R]
@@ -118,13 +118,16 @@ class VectorTables:
         vectors: all 1-D parameters, concatenated in the order of the second pass. [T, P]
         conv1: the patch convolution as a product's right side. [T, 3*P*P, D]
         conv1_scale: of an int8 conv1, what each output is multiplied with; else absent. [T, D]
+        conv1_bases: instead of conv1, where what the tasks change of it is of low rank: of the convolution as a matrix
+            [D, 3*P*P]; a set takes the mean of its tasks' deltas, so that there are no cores.
 
-    Where `OneTaskSpec` has several segments there is one row more, the base's own.
+    Where `OneTaskSpec` has several segments vectors and conv1 have one row more, the base's own.
     """
 
     vectors: StoredArray
-    conv1: StoredArray
+    conv1: StoredArray | None = None
     conv1_scale: StoredArray | None = None
+    conv1_bases: MatrixBases | None = None
 
 
 @dataclass(frozen=True)
@@ -136,13 +139,14 @@ class OneTaskSpec:
         tasks: of each set. [S] int64
         right.<name>, scale.<name>, left.<name>: vh, s and u_t of `matrices`. [T, R, D_in], [T, 1, R], [T, R, D_out]
         vectors: of `tables`; absent with the base's parameters for all tasks. [T, P]
-        conv1: one task's row of `tables`. [3*P*P, D]
+        conv1: one task's row of `tables`; with `conv1_bases` its bases instead, as of `matrices`. [3*P*P, D]
     In an int8 bundle left, right and conv1 are int8; scale carries their rows' scales; conv1_scale [D] comes in, too.
 
     Attributes:
         segments: of the tower, one after the other: tasks, and patches or the stream before -> stream.<block>
             [B, N, D] (or [B, 1, D]) and features z.<block>.<site> [B, D]; the last -> logits [B, sum C].
-        patches: pixel_values of one set, conv1 -> patches [m, N-1, D].
+        patches: pixel_values of one set, conv1 -> patches [m, N-1, D]; with `conv1_bases` pixel_values of all sets,
+            tasks and bases -> patches [B, N-1, D].
         tables: rows of all tasks.
         routers: of the first pass, one behind each segment but the last, or none where that pass has other weights: the
             stream and all features so far -> what the first pass puts out, if the segments ran with bases of rank 0 and
@@ -193,6 +197,7 @@ class RouterSpec:
         verify_budget: share of a batch that may be verified, in [0, 1].
         verify_prior: weight of the score against the heads' confidence there, >= 0.
         unknown_threshold: an image whose `unknown` is greater is of no known task; None gives no verdict.
+        confidence_scale: of the residuals in `Prediction.route_confidence`, > 0.
         layers: transformer blocks that are read, counted from 0.
         site: `mlp`, `attn` or `both`, the branches of the blocks that are read.
         token: `cls` or `mean`.
@@ -209,6 +214,7 @@ class RouterSpec:
     verify_budget: float = field(default=1.0, kw_only=True)
     verify_prior: float = field(default=1.0, kw_only=True)
     unknown_threshold: float | None = field(default=None, kw_only=True)
+    confidence_scale: float = field(default=1.0, kw_only=True)
     layers: tuple[int, ...]
     site: str
     token: str
@@ -286,19 +292,22 @@ def manifest_from_json(text: str, where: str = MANIFEST_FILE) -> Manifest:
 
 def router_fault(router: RouterSpec) -> str | None:
     """Say what is wrong with the settings' values; None if nothing is."""
+    fault = None
     if not 0 <= router.threshold < 1:
-        return f"threshold must lie in [0, 1), got {router.threshold}"
-    if not (router.temperature > 0 and math.isfinite(router.temperature)):
-        return f"temperature must be finite and > 0, got {router.temperature}"
-    if router.max_tasks < 1:
-        return f"max_tasks must be >= 1, got {router.max_tasks}"
+        fault = f"threshold must lie in [0, 1), got {router.threshold}"
+    elif router.max_tasks < 1:
+        fault = f"max_tasks must be >= 1, got {router.max_tasks}"
+    elif not 0 <= router.verify_budget <= 1:
+        fault = f"verify_budget must lie in [0, 1], got {router.verify_budget}"
+    for name in ("temperature", "confidence_scale"):
+        value = getattr(router, name)
+        if not (value > 0 and math.isfinite(value)):
+            fault = f"{name} must be finite and > 0, got {value}"
     for name, least in {"verify_margin": 0.0, "verify_prior": 0.0, "unknown_threshold": -math.inf}.items():
         value = getattr(router, name)
         if value is not None and not (value >= least and math.isfinite(value)):
-            return f"{name} must be finite{' and >= 0' if least == 0 else ''}, got {value}"
-    if not 0 <= router.verify_budget <= 1:
-        return f"verify_budget must lie in [0, 1], got {router.verify_budget}"
-    return None
+            fault = f"{name} must be finite{' and >= 0' if least == 0 else ''}, got {value}"
+    return fault
 
 
 def _check_consistency(manifest: Manifest, where: str) -> None:
@@ -318,14 +327,30 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
     for matrix in manifest.matrices:
         _check_matrix(matrix, manifest, where)
     if manifest.one_task is not None:
-        counts = len(manifest.one_task.segments), len(manifest.one_task.routers)
-        if not counts[0] or counts[1] not in (0, counts[0] - 1):
-            raise BundleError(f"{where}: one_task: {counts[0]} segments do not fit {counts[1]} routers.")
-        for key, array in _table_arrays(manifest.one_task).items():
-            _check_array(array, manifest, f"{where}: one_task: {key}")
-            rows = len(manifest.tasks) + manifest.one_task.has_base
-            if len(array.shape) != (3 if key == "conv1" else 2) or array.shape[0] != rows:
-                raise BundleError(f"{where}: one_task: {key}: shape {list(array.shape)} does not fit.")
+        _check_one_task(manifest.one_task, manifest, f"{where}: one_task")
+
+
+def _check_one_task(one_task: OneTaskSpec, manifest: Manifest, where: str) -> None:
+    counts = len(one_task.segments), len(one_task.routers)
+    if not counts[0] or counts[1] not in (0, counts[0] - 1):
+        raise BundleError(f"{where}: {counts[0]} segments do not fit {counts[1]} routers.")
+    tables = one_task.tables
+    if tables is not None and (tables.conv1 is None) == (tables.conv1_bases is None):
+        raise BundleError(f"{where}: tables: expected either conv1 or conv1_bases.")
+    if tables is not None and tables.conv1_bases is not None:
+        _check_matrix(tables.conv1_bases, manifest, where)
+    for key, array in _table_arrays(one_task).items():
+        _check_array(array, manifest, f"{where}: {key}")
+        rows = len(manifest.tasks) + one_task.has_base
+        if len(array.shape) != (3 if key == "conv1" else 2) or array.shape[0] != rows:
+            raise BundleError(f"{where}: {key}: shape {list(array.shape)} does not fit.")
+
+
+def all_matrices(manifest: Manifest) -> tuple[MatrixBases, ...]:
+    """Those with cores, and the patch convolution's where it has bases."""
+    tables = None if manifest.one_task is None else manifest.one_task.tables
+    patches = None if tables is None else tables.conv1_bases
+    return manifest.matrices if patches is None else (*manifest.matrices, patches)
 
 
 def _table_arrays(one_task: OneTaskSpec) -> dict[str, StoredArray]:
@@ -364,8 +389,9 @@ def _check_tasks(tasks: tuple[TaskSpec, ...], where: str) -> None:
 
 
 def _check_file_names(manifest: Manifest, where: str) -> None:
-    arrays = [array for matrix in manifest.matrices for array in (matrix.u_t, matrix.s, matrix.vh)]
-    arrays += [array for matrix in manifest.matrices for array in _scales(matrix).values()]
+    matrices = all_matrices(manifest)
+    arrays = [array for matrix in matrices for array in (matrix.u_t, matrix.s, matrix.vh)]
+    arrays += [array for matrix in matrices for array in _scales(matrix).values()]
     used = {spec.file for spec in manifest.passes.values()} | {array.file for array in arrays}
     used |= {engine.file for engine in manifest.engines}
     if manifest.one_task is not None:

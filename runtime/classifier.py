@@ -210,7 +210,7 @@ class Classifier:
                 coming, done = self._decoded(pool, images, done)
                 (result,) = self._forward(pixel_values, [(len(pixel_values), allowed)])
                 yield from predictions_from_result(
-                    result, self.manifest.tasks, top_k, self.router.unknown_threshold
+                    result, self.manifest.tasks, top_k, allowed=allowed, router=self.router
                 )
 
     def _decoded(

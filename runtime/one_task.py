@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle import Manifest, VectorTables, map_array
+from runtime.bundle import Manifest, VectorTables, all_matrices, map_array
 from runtime.onnx_session import OnnxSession
 from runtime.verification import two_best
 
@@ -114,7 +114,9 @@ class OneTaskPass:
     def _projected(self, pixel_values: Any, tasks: Sequence[int]) -> NDArray[np.float32]:
         """Patches under the tasks' own convolutions, -1 for the base's. [B, N-1, D]"""
         if not self._conv1:
-            return self._patches.run({"pixel_values": pixel_values})["patches"]
+            stacks = self._base if tasks == [-1] else self._stacks
+            state = {"pixel_values": pixel_values, "tasks": np.maximum(np.array(tasks, np.int64), 0)}
+            return self._patches.run(state, stacks)["patches"]
         each = len(pixel_values) // len(tasks)
         parts = [
             self._patches.run(
@@ -146,7 +148,7 @@ class _Part:
 def _stacked_bases(directory: Path, manifest: Manifest) -> Feeds:
     """Low-rank parameters of all tasks by input. [T, R, D] and [T, 1, R]"""
     arrays: Feeds = {}
-    for matrix in manifest.matrices:
+    for matrix in all_matrices(manifest):
         arrays[f"left.{matrix.name}"] = map_array(directory, matrix.u_t)
         arrays[f"right.{matrix.name}"] = map_array(directory, matrix.vh)
         scale = map_array(directory, matrix.s)
@@ -159,6 +161,8 @@ def _stacked_bases(directory: Path, manifest: Manifest) -> Feeds:
 
 def _convolutions(directory: Path, tables: VectorTables) -> list[Feeds]:
     """Each task's patch convolution, and the base's if it is there, as inputs."""
+    if tables.conv1 is None:
+        return []
     stored = {"conv1": tables.conv1, "conv1_scale": tables.conv1_scale}
     arrays = {name: map_array(directory, array) for name, array in stored.items() if array is not None}
     return [

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle import TaskSpec
+from runtime.bundle import RouterSpec, TaskSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,11 @@ class Prediction:
         alternatives: (task, label, score) of the task's best classes, best first; the first is the answer.
         gates: weight of each task before selection, sum 1.
         residuals: distance to each task, lower matches better; None when the task was given.
+        route_margin: how much smaller the best task's residual is than the second's, of those that may answer,
+            >= 0; None when the task was given.
+        route_confidence: how sure the router is of `task`, 0..1: `softmax(-confidence_scale * residuals)` over those
+            that may answer. Where the bundle was calibrated with images of every task this is a probability that
+            was fitted to them, else it only ranks. None when the task was given.
         unknown: how badly even the best task explains the image, higher is worse; None where it is not known. Its
             scale is the bundle's: about 1 for known images with a calibration, else it only ranks.
         is_unknown: whether that exceeds the bundle's threshold; None without a score or a threshold.
@@ -62,8 +67,16 @@ class Prediction:
     alternatives: tuple[tuple[str, str, float], ...]
     gates: dict[str, float]
     residuals: dict[str, float] | None
+    route_margin: float | None = None
+    route_confidence: float | None = None
     unknown: float | None = None
     is_unknown: bool | None = None
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from runtime.notebook import html_from_prediction  # noqa: PLC0415
+
+        return html_from_prediction(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -89,7 +102,12 @@ def joined(parts: Sequence[ForwardResult]) -> ForwardResult:
 
 
 def predictions_from_result(
-    result: ForwardResult, tasks: Sequence[TaskSpec], top_k: int, unknown_threshold: float | None = None
+    result: ForwardResult,
+    tasks: Sequence[TaskSpec],
+    top_k: int,
+    *,
+    allowed: Sequence[int] | None = None,
+    router: RouterSpec | None = None,
 ) -> list[Prediction]:
     """Name the answers of a batch.
 
@@ -97,15 +115,20 @@ def predictions_from_result(
         result: of the batch.
         tasks: of the bundle.
         top_k: alternatives for each image, at most.
-        unknown_threshold: a greater `unknown` is a verdict; None gives none.
+        allowed: tasks that may answer, ascending; None for all.
+        router: of the bundle, for its `unknown_threshold` and `confidence_scale`; without it there is no verdict.
     """
     names = [task.name for task in tasks]
+    threshold = None if router is None else router.unknown_threshold
+    columns = list(range(len(tasks))) if allowed is None else list(allowed)
+    margins, shares = _route_shares(
+        result.residuals, columns, 1.0 if router is None else router.confidence_scale
+    )
     predictions = []
     for row, task_index in enumerate(result.task_index.tolist()):
         task = tasks[task_index]
         logits = result.logits[row, task.start : task.stop].astype(np.float64)
-        exponentials = np.exp(logits - logits.max())
-        scores = exponentials / exponentials.sum()
+        scores = _softmax(logits)
         best = np.argsort(-logits, kind="stable")[:top_k]
         alternatives = tuple((task.name, task.classes[i], float(scores[i])) for i in best)
         residuals = None
@@ -113,6 +136,33 @@ def predictions_from_result(
             residuals = dict(zip(names, result.residuals[row].tolist(), strict=True))
         gates = dict(zip(names, result.gates[row].tolist(), strict=True))
         unknown = None if result.unknown is None else float(result.unknown[row])
-        verdict = None if unknown is None or unknown_threshold is None else unknown > unknown_threshold
-        predictions.append(Prediction(*alternatives[0], alternatives, gates, residuals, unknown, verdict))
+        predictions.append(
+            Prediction(
+                *alternatives[0],
+                alternatives,
+                gates,
+                residuals,
+                route_margin=None if margins is None else float(margins[row]),
+                route_confidence=None if shares is None else float(shares[row, columns.index(task_index)]),
+                unknown=unknown,
+                is_unknown=None if unknown is None or threshold is None else unknown > threshold,
+            )
+        )
     return predictions
+
+
+def _route_shares(
+    residuals: NDArray[np.float32] | None, columns: list[int], scale: float
+) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Margin of the best task [B], and share of each task that may answer [B, A]; None without a second one."""
+    if residuals is None or len(columns) < 2:
+        return None, None
+    chosen = residuals[:, columns].astype(np.float64)
+    best = np.partition(chosen, 1, axis=1)
+    return best[:, 1] - best[:, 0], _softmax(-scale * chosen)
+
+
+def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    exponentials = np.exp(values - values.max(axis=-1, keepdims=True))
+    shares: NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return shares

@@ -28,6 +28,7 @@ from mass_export.bench import BenchSettings, Call, bench_bundle, interleave, ran
 from mass_export.bench_plain import write_plain_pass
 from mass_export.machine import describe_machine
 from mass_export.progress import Progress
+from mass_export.spec import PatchEmbed
 from runtime.classifier import Classifier
 from runtime.engine_spec import Precision
 from runtime.onnx_session import OnnxSession
@@ -36,6 +37,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 COUNTS = (8, 20, 50, 100)
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 EARLY = 5
 
 
@@ -46,24 +48,37 @@ class Material:
     tasks: int
     precision: Precision = "fp32"
     layer: int | None = None
+    patch_embed: PatchEmbed = "full"
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"t{self.tasks}-{self.precision}" + ("" if self.layer is None else f"-block{self.layer}")
+        patches = "-patches" if self.patch_embed == "low_rank" else ""
+        return f"t{self.tasks}-{self.precision}{patches}" + (
+            "" if self.layer is None else f"-block{self.layer}"
+        )
 
     def make(self, work: Path, model: str) -> Path:
         """The bundle, made if it is not there; its artifact lies beside it."""
         artifact_file, bundle = work / f"{self.name}.safetensors", work / self.name
         if bundle.is_dir():
             return bundle
-        make_bundle(model, self.tasks, artifact_file, bundle, layer=self.layer, precision=self.precision)
+        make_bundle(
+            model,
+            self.tasks,
+            artifact_file,
+            bundle,
+            layer=self.layer,
+            precision=self.precision,
+            patch_embed=self.patch_embed,
+        )
         return bundle
 
 
 MATERIAL = (
     *(Material(T) for T in COUNTS),
     *(Material(T, "int8") for T in (8, 20)),
+    *(Material(T, precision, patch_embed="low_rank") for precision in PRECISIONS for T in (8, 20)),
     Material(20, layer=EARLY),
 )
 

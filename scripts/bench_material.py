@@ -9,6 +9,7 @@ answers means nothing. For material that goes through the merge itself use `make
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -16,13 +17,14 @@ import torch
 from make_synthetic_tasks import random_base
 
 from mass_export.artifact import Artifact, TaskFactors, write_artifact
+from mass_export.factor_storage import Storage, patch_rank
 from mass_export.heads import Head
 from mass_export.low_rank import LowRank
 from mass_export.model_config import load_model_config, preprocess_spec_from_config, vision_spec_from_config
 from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
 from mass_export.router_spec import RouterSettings
-from mass_export.spec import ArtifactInfo, MergeSettings, TaskInfo, VisionSpec, rank_of
+from mass_export.spec import ArtifactInfo, MergeSettings, PatchEmbed, TaskInfo, VisionSpec, rank_of
 from runtime.bundle import PreprocessSpec
 from runtime.engine_spec import Precision
 
@@ -32,7 +34,9 @@ def orthonormal(rows: int, columns: int, generator: torch.Generator) -> torch.Te
     return torch.linalg.qr(torch.randn(rows, columns, generator=generator)).Q
 
 
-def random_factors(spec: VisionSpec, base: dict[str, torch.Tensor], ratio: float, seed: int) -> TaskFactors:
+def random_factors(
+    spec: VisionSpec, base: dict[str, torch.Tensor], ratio: float, seed: int, patch_embed: PatchEmbed
+) -> TaskFactors:
     """One task: deltas of about a third of the weights' spread."""
     generator = torch.Generator().manual_seed(seed)
     matrices, vectors = {}, {}
@@ -46,6 +50,10 @@ def random_factors(spec: VisionSpec, base: dict[str, torch.Tensor], ratio: float
             matrices[name] = LowRank(u, s, v.T.contiguous())
         else:
             vectors[name] = scale * torch.randn(shape, generator=generator)
+    if patch_embed == "low_rank":
+        shape, rank = spec.parameter_shapes()["conv1.weight"], patch_rank(f.rank for f in matrices.values())
+        u, v = (orthonormal(side, rank, generator) for side in (shape[0], math.prod(shape[1:])))
+        vectors["conv1.weight"] = (base["conv1.weight"].std() * (u @ v.T)).reshape(shape)
     return TaskFactors(matrices, vectors)
 
 
@@ -57,12 +65,13 @@ def random_artifact(
     router: RouterSettings,
     merge: MergeSettings,
     ratio: float | None = None,
+    patch_embed: PatchEmbed = "full",
 ) -> Artifact:
     """An artifact of random tasks, `ratio` of each matrix' rank (1/T by default)."""
     generator = torch.Generator().manual_seed(0)
     base = random_base(spec, generator)
     ratio = 1 / task_count if ratio is None else ratio
-    tasks = tuple(random_factors(spec, base, ratio, 1 + i) for i in range(task_count))
+    tasks = tuple(random_factors(spec, base, ratio, 1 + i, patch_embed) for i in range(task_count))
     infos = tuple(
         TaskInfo(f"task{i:02d}", tuple(f"label{j}" for j in range(10 + 7 * (i % 5))))
         for i in range(task_count)
@@ -91,7 +100,7 @@ def random_artifact(
         rank_ratios=(ratio,) * task_count,
     )
     bases = tuple({tap.parameter: task.matrices[tap.parameter].vh for tap in info.taps()} for task in tasks)
-    return Artifact(info, base, merged, tasks, bases, heads)
+    return Artifact(info, base, merged, tasks, bases, heads, storage=Storage(patch_embed=patch_embed))
 
 
 def make_bundle(
@@ -103,6 +112,7 @@ def make_bundle(
     base_merge: str = "zeroshot",
     layer: int | None = None,
     precision: Precision = "fp32",
+    patch_embed: PatchEmbed = "full",
 ) -> None:
     """Write an artifact of random tasks and its bundle.
 
@@ -114,6 +124,7 @@ def make_bundle(
         base_merge: of the first pass, `zeroshot` or `tsvm`.
         layer: routing layer; None takes 3/4 of the depth.
         precision: of the graphs.
+        patch_embed: `low_rank` for tasks that change the patch convolution in few directions.
     """
     config, preprocess_config, where = load_model_config(model, Path.cwd())
     spec = vision_spec_from_config(config, where)
@@ -123,6 +134,7 @@ def make_bundle(
         task_count,
         router=RouterSettings(layer=layer, mode="top1"),
         merge=MergeSettings(base_merge=base_merge),  # type: ignore[arg-type]  # one of the two
+        patch_embed=patch_embed,
     )
     write_artifact(artifact_file, artifact)
     export_bundle(
@@ -136,11 +148,22 @@ def make_bundle(
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False))
 @click.option("--base-merge", default="zeroshot", show_default=True, type=click.Choice(["zeroshot", "tsvm"]))
 @click.option("--layer", type=int, help="Routing layer; 3/4 of the depth by default.")
-def main(model: str, task_count: int, out: Path, base_merge: str, layer: int | None) -> None:
+@click.option("--patch-embed", default="full", show_default=True, type=click.Choice(["full", "low_rank"]))
+def main(
+    model: str, task_count: int, out: Path, base_merge: str, layer: int | None, patch_embed: PatchEmbed
+) -> None:
     """Write OUT/merged.safetensors and the bundle OUT/bundle."""
     out.mkdir(parents=True, exist_ok=True)
     artifact_file = out / "merged.safetensors"
-    make_bundle(model, task_count, artifact_file, out / "bundle", base_merge=base_merge, layer=layer)
+    make_bundle(
+        model,
+        task_count,
+        artifact_file,
+        out / "bundle",
+        base_merge=base_merge,
+        layer=layer,
+        patch_embed=patch_embed,
+    )
     click.echo(f"Wrote {out}: {task_count} random tasks of {model}")
 
 

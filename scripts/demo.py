@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mass_export.cli import show_warning
+from mass_export.command_group import show_warning
 from mass_export.machine import describe_machine
 from mass_export.progress import Progress
 from mass_export.report import render_report

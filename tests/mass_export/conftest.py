@@ -62,7 +62,7 @@ def pico_bundle(
     tmp_path: Path, pico_data: Callable[..., tuple[Path, Path]]
 ) -> Callable[..., tuple[Path, Path, Path]]:
     """`pico_bundle(**)`: recipe, data directory and exported bundle; arguments as for `pico_data`."""
-    from mass_export.artifact import write_artifact
+    from mass_export.artifact import read_artifact, write_artifact
     from mass_export.merge import merge
     from mass_export.onnx_export import export_bundle
     from mass_export.progress import Progress
@@ -71,9 +71,8 @@ def pico_bundle(
     def make(**keys):
         recipe, data = pico_data(**keys)
         progress = Progress(quiet=True)
-        artifact = merge(load_recipe(recipe), progress)
-        write_artifact(tmp_path / "merged.safetensors", artifact)
-        bundle = tmp_path / "bundle"
+        write_artifact(tmp_path / "merged.safetensors", merge(load_recipe(recipe), progress))
+        artifact, bundle = read_artifact(tmp_path / "merged.safetensors"), tmp_path / "bundle"
         export_bundle(artifact, tmp_path / "merged.safetensors", bundle, verify=False, progress=progress)
         return recipe, data, bundle
 

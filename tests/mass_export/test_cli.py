@@ -10,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mass_export import cli
+from mass_export import build_commands, cli
 from mass_export.errors import ArtifactError
 from runtime.errors import BundleError
 
@@ -59,7 +59,7 @@ def test_merge_writes_an_artifact_and_says_so(run, pico_files):
     assert result.exit_code == 0, result.output
     assert re.search(r"Wrote .*merged\.safetensors: 3 tasks, 0\.\d MB, in \d+\.\d s", result.output)
     first = out.read_bytes()
-    assert run("--out", out, "-q", recipe, command=cli.merge).exit_code == 0
+    assert run("--out", out, "-q", recipe, command=build_commands.merge).exit_code == 0
     assert out.read_bytes() == first
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mass_export.artifact import read_artifact
+from mass_export.bundle_int8 import convert_bundle_int8
 from mass_export.model import MassModel
 from runtime.bundle import read_manifest
 from runtime.classifier import Classifier
@@ -58,10 +59,11 @@ def test_every_sample_is_in_one_run_of_its_own_set():
                     assert [sets[row] for row in run.samples] == given
 
 
+@pytest.mark.parametrize("patch_embed", ["full", "low_rank"])
 @pytest.mark.parametrize("vectors", ["mean", "base"])
 @pytest.mark.parametrize("compose", ["tsvm", "sum"])
-def test_a_known_task_equals_the_eager_model(pico_bundle, tmp_path, vectors, compose):
-    _, _, bundle = pico_bundle(vectors=vectors, compose=compose, router={"layer": 1})
+def test_a_known_task_equals_the_eager_model(pico_bundle, tmp_path, vectors, compose, patch_embed):
+    _, _, bundle = pico_bundle(vectors=vectors, compose=compose, router={"layer": 1}, patch_embed=patch_embed)
     model = MassModel(read_artifact(tmp_path / "merged.safetensors"))
     with Classifier(bundle, "cpu", num_threads=1) as classifier:
         assert classifier.manifest.one_task is not None
@@ -72,7 +74,7 @@ def test_a_known_task_equals_the_eager_model(pico_bundle, tmp_path, vectors, com
             np.testing.assert_array_equal(actual.class_index, expected.class_index)
 
 
-@pytest.mark.parametrize("keys", [{}, {"rank": 2}, {"vectors": "base"}])
+@pytest.mark.parametrize("keys", [{}, {"rank": 2}, {"vectors": "base"}, {"patch_embed": "low_rank"}])
 def test_a_batch_of_sets_of_every_size_equals_the_graph_that_gathers(pico_bundle, keys):
     _, _, bundle = pico_bundle(router={"layer": 1}, **keys)
     gates = np.full((len(MIXED), 3), 1 / 3, np.float32)
@@ -130,3 +132,41 @@ def test_a_first_pass_of_its_own_gives_the_same_answers(pico_bundle):
         expected, actual = shared.forward(images()), separate.forward(images())
     np.testing.assert_allclose(actual.residuals, expected.residuals, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(actual.selected, expected.selected)
+
+
+@pytest.mark.parametrize("keys", [{}, {"compose": "sum", "sum_weights": "gates"}, {"base_merge": "zeroshot"}])
+def test_bases_of_the_patch_convolution_answer_as_the_eager_model(pico_bundle, tmp_path, keys):
+    _, _, bundle = pico_bundle(router={"layer": 1, "threshold": 0.1}, patch_embed="low_rank", rank=2, **keys)
+    model = MassModel(read_artifact(tmp_path / "merged.safetensors"))
+    with Classifier(bundle, "cpu", num_threads=1) as classifier:
+        tables = classifier.manifest.one_task.tables
+        assert tables.conv1 is None
+        assert tables.conv1_bases.ranks == (4, 4, 4)  # twice the other matrices'
+        expected, actual = model.forward(torch.from_numpy(images())), classifier.forward(images())
+    np.testing.assert_array_equal(actual.selected, expected.selected)
+    np.testing.assert_allclose(actual.residuals, expected.residuals, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(actual.logits, expected.logits, rtol=0, atol=1e-4)
+
+
+def test_a_convolution_that_is_not_of_low_rank_is_kept_whole(pico_bundle):
+    _, _, bundle = pico_bundle(router={"layer": 1}, patch_embed="full")
+    assert read_manifest(bundle).one_task.tables.conv1_bases is None
+
+
+def test_bases_of_the_patch_convolution_go_to_eight_bits_too(pico_bundle):
+    _, _, full = pico_bundle(router={"layer": 1}, patch_embed="low_rank", rank=2)
+    half = full.parent / "int8"
+    half.mkdir()
+    tables = convert_bundle_int8(full, read_manifest(full), half).one_task.tables
+    assert {tables.conv1_bases.u_t.dtype, tables.conv1_bases.vh.dtype} == {"int8"}
+    with (
+        Classifier(full, "cpu", num_threads=1) as expected,
+        Classifier(half, "cpu", num_threads=1) as rounded,
+    ):
+        for task in expected.tasks:
+            wanted, found = (c.forward(images(), tasks=[task]).logits for c in (expected, rounded))
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=0.1 * np.abs(wanted).max())
+        gates = np.full((8, 3), 1 / 3, np.float32)
+        sets = [(0, 1), (1, 2)] * 4
+        wanted, found = (c._second_pass(images(), sets, gates) for c in (expected, rounded))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=0.1 * np.abs(wanted).max())

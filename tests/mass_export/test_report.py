@@ -11,7 +11,7 @@ from mass_export.report import SECTIONS, render_report
 from mass_export.report_files import read_report, write_json, write_text
 from mass_export.tables import Table, accuracy_table, percent, routing_table, summary_table
 
-VOID = {"meta", "img", "br", "line", "rect", "circle", "polyline"}
+VOID = {"meta", "img", "br", "line", "rect", "polyline"}
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
 
 
@@ -73,6 +73,14 @@ def report():
         "baselines": {"base": row | {"tasks": {"pets": 0.3, "cars": 0.5}}},
         "configurations": ["paper"],
         "paper": paper,
+        "curves": {
+            "ranks": [
+                {"rank_ratio": 1 / 16, "joint": 0.5, "known": 0.7},
+                {"rank_ratio": 1 / 8, "joint": 0.6, "known": 0.8},
+            ],
+            "tasks": [{"tasks": 1, "paper": 0.9}, {"tasks": 2, "paper": 0.8}],
+            "residuals": {"lead": [[-0.5, 1.0], [0.7, 1.4]], "routed": [[0.25, 0.5], [0.75, 1.0]]},
+        },
     }
     versions = {"processor": "CPU", "processors": 2, "memory_gib": 4.0, "system": "Linux", "python": "3.11"}
     machine = versions | {"versions": {"numpy": "2"}}
@@ -227,3 +235,34 @@ def test_numbers_in_the_page_are_those_of_the_report(report):
     text = render_report(json.loads(json.dumps(report)))
     for figure in ("62.5%", "2.0e-05", "3.0 MB", "layer 1 with topk gates"):
         assert figure in text
+
+
+def test_curves_show_their_values_at_the_places_that_were_measured(report):
+    text = render_report(report)
+    curves = text.split('id="curves"')[1].split("<section ")[0]
+    assert "1/16" in curves
+    assert curves.count("<polyline") == 3
+    for shown in ("task unknown: 50.0%", "task given: 80.0%", "paper, task unknown: 90.0%"):
+        assert shown in curves
+
+
+def test_residuals_are_shaded_from_weakest_to_strongest(report):
+    text = render_report(report).split('id="residuals"')[1].split("<section ")[0]
+    shades = [float(value) for value in re.findall(r'fill-opacity="([\d.]+)"', text)]
+    assert (min(shades[:4]), max(shades[:4])) == (0.05, 1.0)
+    assert ">-0.5<" in text
+    assert ">1.4<" in text
+
+
+def test_a_report_without_curves_has_no_such_sections(report):
+    del report["core"]["curves"]
+    page = Page(render_report(report))
+    assert page.ids == [name for name in SECTIONS if name not in ("curves", "residuals")]
+
+
+def test_latency_is_drawn_by_batch_for_the_default(report):
+    report["core"]["configurations"] = ["default"]
+    report["core"]["default"] = report["core"].pop("paper")
+    times = render_report(report).split('id="times"')[1].split("<section ")[0]
+    assert times.count("<polyline") == 2
+    assert "task given: 1 ms" in times

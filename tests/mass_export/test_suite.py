@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from mass_export.baselines import evaluate_baselines
@@ -37,6 +38,14 @@ def test_a_suite_holds_every_configuration_s_figures_and_survives_json(suite, tm
         assert report[name]["sizes"]["all_models_bytes"] == 3 * report[name]["sizes"]["one_model_bytes"]
         assert report[name]["times"]["latency_ms"]["32"]["unknown"] > 0
         assert len(report[name]["examples"]) == 24
+    curves = report["curves"]
+    assert [row["rank_ratio"] for row in curves["ranks"]] == [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    assert [sorted(row) for row in curves["tasks"]] == [["default", "paper", "tasks"]]  # two of the three
+    assert curves["tasks"][0]["tasks"] == 2
+    for kind, low, high in (("lead", -3, 3), ("routed", 0, 1)):
+        values = np.array(curves["residuals"][kind])
+        assert values.shape == (3, 3)  # blocks, tasks
+        assert low <= values.min() <= values.max() <= high
 
     default, paper = (report[name]["settings"] for name in ("default", "paper"))
     assert (default["router"]["layer"], default["merge"]["base_merge"]) == (0, "zeroshot")

@@ -282,4 +282,5 @@ def edit_manifest(own_bundle) -> Callable[[Callable[[dict], None]], Path]:
 @pytest.fixture
 def prediction_keys():
     """What a prediction holds as JSON."""
-    return {"task", "label", "score", "alternatives", "gates", "residuals", "unknown", "is_unknown"}
+    route = {"gates", "residuals", "route_margin", "route_confidence", "unknown", "is_unknown"}
+    return {"task", "label", "score", "alternatives"} | route

@@ -1,0 +1,81 @@
+"""The report's sections of curves: residuals by block, accuracy by rank and number of tasks, time by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from html import escape
+from typing import Any
+
+from mass_export.report_charts import line_chart, strength_map
+from mass_export.report_html import command, figure
+
+Suite = tuple[str, Mapping[str, Any]]
+
+
+def residuals_section(suites: Iterable[Suite], made_by: str) -> str:
+    """Which blocks tell which tasks; nothing where that was not measured."""
+    figures = []
+    for title, suite in suites:
+        found = suite.get("curves", {}).get("residuals")
+        if not found:
+            continue
+        names, lead = list(suite["tasks"]), found["lead"]
+        texts = [[f"{value:.1f}" for value in row] for row in lead]
+        caption = (
+            f"{title}: how far the residual of an image's own task lies below the tasks' mean, in standard deviations "
+            "over the tasks; mean of the task's images. The darker, the clearer."
+        )
+        figures.append(figure(strength_map(names, lead, texts, "block"), caption))
+        texts = [[f"{100 * value:.0f}" for value in row] for row in found["routed"]]
+        caption = f"{title}: share of the images whose own task has the smallest residual of all, per cent."
+        figures.append(figure(strength_map(names, found["routed"], texts, "block"), caption))
+    if not figures:
+        return ""
+    note = (
+        "<p>The router measures what of an image's feature each task's subspace leaves over. Here for the base model's "
+        "CLS token at the mlp input of every block, block by block; the default router averages all of them.</p>"
+    )
+    return f"{note}<div class=pair>{''.join(figures)}</div>{command(made_by)}"
+
+
+def curves_section(suites: Iterable[Suite], made_by: str) -> str:
+    """Accuracy by rank and by number of tasks."""
+    figures = []
+    for title, suite in suites:
+        curves = suite.get("curves", {})
+        if ranks := curves.get("ranks"):
+            series = {
+                "task unknown": [row["joint"] for row in ranks],
+                "task given": [row["known"] for row in ranks],
+            }
+            ticks = [str(Fraction(row["rank_ratio"]).limit_denominator(64)) for row in ranks]
+            chart = line_chart(
+                series, "rank of the task vectors, as a share of each matrix' full rank", ticks
+            )
+            figures.append(
+                figure(chart, f"{title}, default: share of the fine-tuned models' accuracy, by rank.")
+            )
+        if rows := curves.get("tasks"):
+            names = [name for name in rows[0] if name != "tasks"]
+            chart = line_chart(
+                {f"{name}, task unknown": [row[name] for row in rows] for name in names},
+                "tasks, the first of the recipe",
+                [str(row["tasks"]) for row in rows],
+            )
+            figures.append(figure(chart, f"{title}: the same by number of tasks in the model."))
+    return f"<div class=pair>{''.join(figures)}</div>{command(made_by)}" if figures else ""
+
+
+def latency_charts(entries: Iterable[tuple[str, str, Mapping[str, Any]]]) -> str:
+    """Milliseconds an image by batch: a chart for every (title, configuration, scores)."""
+    figures = []
+    for title, name, scores in entries:
+        by_batch = scores["times"]["latency_ms"]
+        series = {
+            f"task {known}": [by_batch[batch][known] for batch in by_batch] for known in ("unknown", "given")
+        }
+        limit = 1.1 * max(max(values) for values in series.values())
+        chart = line_chart(series, "images in a batch", list(by_batch), limit, " ms")
+        figures.append(figure(chart, f"{title}, {escape(name)}: milliseconds for an image."))
+    return f"<div class=pair>{''.join(figures)}</div>"
