@@ -126,11 +126,12 @@ class Engine:
         results = self.classifier.forward_parts(
             images[0] if len(images) == 1 else np.concatenate(images), parts
         )
-        known, threshold = self.classifier.manifest.tasks, self.classifier.router.unknown_threshold
+        known, router = self.classifier.manifest.tasks, self.classifier.router
         found: list[list[Prediction]] = [[] for _ in batch]
-        for members, result in zip(groups.values(), results, strict=True):
+        for (tasks, members), result in zip(groups.items(), results, strict=True):
+            allowed = None if tasks is None else [self.tasks.index(name) for name in tasks]
             top_k = max(batch[index].top_k for index in members)
-            named = iter(predictions_from_result(result, known, top_k, threshold))
+            named = iter(predictions_from_result(result, known, top_k, allowed=allowed, router=router))
             for index in members:
                 found[index] = [_cut(next(named), batch[index].top_k) for _ in range(len(batch[index]))]
         return found

@@ -2,8 +2,8 @@
 
 Inputs: `image` BYTES [N], the content of image files (in JSON as base64), or `pixel_values` FP32 [N, 3, H, W].
 Outputs: `task`, `label` BYTES [N], `score` FP32 [N], `top_labels` BYTES and `top_scores` FP32 [N, top_k] (padded with
-"" and 0), `gates` and, unless one task was asked for, `residuals` FP32 [N, T], tasks in the order of the metadata;
-where the bundle can tell, `unknown` FP32 [N], and with a threshold `is_unknown` BOOL [N].
+"" and 0), `gates` and, unless one task was asked for, `residuals` FP32 [N, T], tasks in the order of the metadata, and
+`route_confidence` FP32 [N]; where the bundle can tell, `unknown` FP32 [N], and with a threshold `is_unknown` BOOL [N].
 Parameters of a request: `tasks` (names, separated by commas) and `top_k`.
 """
 
@@ -36,6 +36,7 @@ OUTPUTS = {
     "top_scores": ("FP32", [-1, -1]),
     "gates": ("FP32", [-1, -1]),
     "residuals": ("FP32", [-1, -1]),
+    "route_confidence": ("FP32", [-1]),
     "unknown": ("FP32", [-1]),
     "is_unknown": ("BOOL", [-1]),
 }
@@ -146,6 +147,8 @@ def _outputs(found: Sequence[Prediction], tasks: Sequence[str]) -> dict[str, NDA
     known = [p.residuals for p in found if p.residuals is not None]
     if known:
         outputs["residuals"] = np.array([[row[task] for task in tasks] for row in known], np.float32)
+    if found[0].route_confidence is not None:
+        outputs["route_confidence"] = np.array([p.route_confidence for p in found], np.float32)
     if found[0].unknown is not None:  # one request's images are all told, or none
         outputs["unknown"] = np.array([p.unknown for p in found], np.float32)
     if found[0].is_unknown is not None:

@@ -23,6 +23,7 @@ ANY_TASK = "any"
 _LATENCY_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MARGINS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1)
+_CONFIDENCES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 _UNKNOWN = (
     0.25,
     0.5,
@@ -70,6 +71,7 @@ class Metrics:
             "unknown_score", "How badly the best task explains an image, higher is worse", _UNKNOWN
         )
         self._margin = histogram("route_margin", "Lead of the best task, 0..1, task unknown", _MARGINS)
+        self._confidence = histogram("route_confidence", "How sure the router is of the task", _CONFIDENCES)
         self._latency = histogram(
             "request_seconds", "From the whole request to its answer", _LATENCY_S, "route"
         )
@@ -95,6 +97,8 @@ class Metrics:
             lead = route_margin(prediction)
             if lead is not None:
                 self._margin.labels(self._node).observe(lead)
+            if prediction.route_confidence is not None:
+                self._confidence.labels(self._node).observe(prediction.route_confidence)
             if prediction.unknown is not None:
                 self._score.labels(self._node).observe(prediction.unknown)
             if prediction.is_unknown is not None:

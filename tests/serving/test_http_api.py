@@ -21,6 +21,8 @@ def close(answers, expected):
         assert (answer["residuals"] is None) == (wanted["residuals"] is None)
         assert answer["unknown"] == pytest.approx(wanted["unknown"], abs=1e-6)
         assert answer["is_unknown"] == wanted["is_unknown"]
+        assert answer["route_margin"] == pytest.approx(wanted["route_margin"], abs=1e-5)
+        assert answer["route_confidence"] == pytest.approx(wanted["route_confidence"], abs=1e-5)
     return True
 
 
@@ -162,6 +164,7 @@ def test_unknown_images_are_counted_by_the_bundles_verdict_not_by_the_margin(cli
     assert 'mass_judged_images_total{node="here"} 12.0' in text
     assert 'mass_unknown_score_count{node="here"} 12.0' in text
     assert 'mass_route_margin_count{node="here"} 12.0' in text
+    assert 'mass_route_confidence_count{node="here"} 12.0' in text
 
 
 def test_without_a_threshold_there_is_a_score_but_no_verdict(service, png):

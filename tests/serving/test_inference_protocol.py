@@ -48,6 +48,7 @@ def test_the_real_client_gets_the_answers_of_the_classifier(triton, png, direct,
         "top_scores",
         "gates",
         "residuals",
+        "route_confidence",
         "unknown",
         "is_unknown",
     ]
@@ -64,6 +65,8 @@ def test_the_real_client_gets_the_answers_of_the_classifier(triton, png, direct,
     assert result.as_numpy("score") == pytest.approx(np.array([found["score"] for found in wanted]), abs=1e-6)
     gates = np.array([[found["gates"][task] for task in engine.tasks] for found in wanted])
     assert result.as_numpy("gates") == pytest.approx(gates, abs=1e-6)
+    confidences = np.array([found["route_confidence"] for found in wanted])
+    assert result.as_numpy("route_confidence") == pytest.approx(confidences, abs=1e-6)
     assert result.as_numpy("unknown") == pytest.approx(
         np.array([found["unknown"] for found in wanted]), rel=1e-6
     )
