@@ -21,6 +21,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -80,16 +81,21 @@ def jobs_from_images(engine: Engine, images: Sequence[tuple[str, bytes]], per_re
 
 
 def direct(engine: Engine, jobs: Sequence[Job], batch_size: int) -> float:
-    """Seconds of the same work in a loop in this process, in batches of the size the server uses."""
+    """Seconds of the same work in a loop in this process: batches of the server's size, the next one decoded meanwhile."""
     start = time.perf_counter()
-    batch: list[Work] = []
-    for images, tasks, _ in jobs:
-        batch.append(engine.work(images, list(tasks) or None, 5, 10**7))
-        if sum(map(len, batch)) >= batch_size:
+    each = max(1, batch_size // len(jobs[0][0]))
+    parts = [jobs[i : i + each] for i in range(0, len(jobs), each)]
+
+    def decoded(part: Sequence[Job]) -> list[Work]:
+        return [engine.work(images, list(tasks) or None, 5, 10**7) for images, tasks, _ in part]
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(decoded, parts[0])
+        for following in (*parts[1:], None):
+            batch = coming.result()
+            if following is not None:
+                coming = pool.submit(decoded, following)
             engine.run(batch)
-            batch = []
-    if batch:
-        engine.run(batch)
     return time.perf_counter() - start
 
 
@@ -198,7 +204,8 @@ def measure(
     order = [jobs[i % len(jobs)] for i in range(requests)]
     tally, ratios, direct_rates, served_rates = Tally(), [], [], []
     before = batch_counts()
-    watched = {"replicas": replica_pids(), "proxy": replica_pids(b"ray::ProxyActor")}
+    proxies = replica_pids(b"ray::ProxyActor") + replica_pids(b"haproxy")
+    watched = {"replicas": replica_pids(), "proxy": proxies}
     used = dict.fromkeys(("direct", "replicas", "proxy", "clients"), 0.0)
     for segment in range(SEGMENTS):
         part = order[segment * each : (segment + 1) * each]
@@ -241,11 +248,11 @@ def measure(
     }
 
 
-def overhead(engine: Engine, images: Sequence[tuple[str, bytes]]) -> list[dict[str, float]]:
+def overhead(engine: Engine, images: Sequence[tuple[str, bytes]], repetitions: int) -> list[dict[str, float]]:
     """One client, one request at a time: latency against a direct call, by images in a request."""
     rows = []
     for size in (1, 2, 4, 8, 16, 32):
-        jobs = [job for job in jobs_from_images(engine, images[: size * 20], size) if not job[1]]
+        jobs = [job for job in jobs_from_images(engine, images[: size * 2 * repetitions], size) if not job[1]]
         alone, served = [], []
         for job in jobs:
             alone.append(direct(engine, [job], 32))
@@ -287,20 +294,31 @@ def save(out: Path, stage: str, result: dict[str, Any]) -> None:
 
 @main.command()
 @common
-@click.option("--requests", default=10_000, show_default=True)
+@click.option("--requests", default=10_000, show_default=True, help="Of one image.")
 @click.option("--batch-wait", default=0.005, show_default=True)
-@click.option("--threads", default=1, show_default=True, help="Of the model, here and there.")
-def throughput(bundle: Path, data: Path, out: Path, requests: int, batch_wait: float, threads: int) -> None:
+@click.option("--threads", default=2, show_default=True, help="Of the model, here and there.")
+@click.option("--images", default=4000, show_default=True, help="Different ones.")
+@click.option(
+    "--repetitions", default=10, show_default=True, help="Of each size where overhead is measured; 0: none."
+)
+@click.option("--haproxy", is_flag=True, help="HAProxy before the replicas instead of Ray's own proxy.")
+@click.option("--name", default="throughput", show_default=True, help="Of the file in OUT.")
+def throughput(bundle: Path, data: Path, out: Path, requests: int, name: str, **options: Any) -> None:
     """32 clients, mixed tasks, every answer compared; requests of 1 and of 8 images; overhead."""
+    if options["haproxy"]:
+        os.environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_NBTHREAD": "1"}
+    threads = options["threads"]
     engine = Engine(str(bundle), provider="cpu", threads=threads)
-    images = encoded_images(data, 4000)
-    with server(bundle, provider="cpu", threads=threads, batch_wait=batch_wait):
-        result: dict[str, Any] = {"batch_wait_s": batch_wait, "threads": threads}
-        result["one_image"] = measure(engine, jobs_from_images(engine, images, 1), requests, 32, 32)
-        result["eight_images"] = measure(engine, jobs_from_images(engine, images, 8), requests // 20, 32, 32)
-        save(out, "throughput", result)
-        result["overhead"] = overhead(engine, images)
-    save(out, "throughput", result)
+    images = encoded_images(data, options["images"])
+    singles, eights = (jobs_from_images(engine, images, size) for size in (1, 8))
+    with server(bundle, provider="cpu", threads=threads, batch_wait=options["batch_wait"]):
+        result: dict[str, Any] = dict(options)
+        result["one_image"] = measure(engine, singles, requests, 32, 32)
+        result["eight_images"] = measure(engine, eights, max(10, requests // 20), 32, 32)
+        save(out, name, result)
+        if options["repetitions"]:
+            result["overhead"] = overhead(engine, images, options["repetitions"])
+    save(out, name, result)
 
 
 @main.command()
