@@ -81,7 +81,7 @@ def jobs_from_images(engine: Engine, images: Sequence[tuple[str, bytes]], per_re
 
 
 def direct(engine: Engine, jobs: Sequence[Job], batch_size: int) -> float:
-    """Seconds of the same work in a loop in this process: batches of the server's size, the next one decoded meanwhile."""
+    """Seconds of the same work in a loop here: batches of the server's size, the next one decoded meanwhile."""
     start = time.perf_counter()
     each = max(1, batch_size // len(jobs[0][0]))
     parts = [jobs[i : i + each] for i in range(0, len(jobs), each)]
