@@ -17,6 +17,7 @@ from runtime.bundle import check_files, read_manifest
 from runtime.errors import BackendError, MassRuntimeError
 from runtime.serving.engine import bundle_digest
 from runtime.serving.gate import KEY_VARIABLE, LIMITS_VARIABLE, limits_to_environment
+from runtime.serving.haproxy import prepare
 from runtime.serving.metrics import DIRECTORY_VARIABLE
 from runtime.serving.settings import MIB, ServeSettings, processors
 
@@ -59,6 +60,8 @@ def running(settings: ServeSettings) -> Iterator[None]:
     os.environ[CALLBACK_VARIABLE] = "runtime.serving.gate.proxy_middlewares"
     for name, value in LEAN.items():
         os.environ.setdefault(name, value)
+    if settings.haproxy:
+        os.environ |= prepare(scratch / "h", settings)
     try:
         with ray_cluster(settings.address):
             from ray import serve  # noqa: PLC0415 - reads the environment that was set above
