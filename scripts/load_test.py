@@ -330,15 +330,17 @@ def throughput(bundle: Path, data: Path, out: Path, requests: int, name: str, **
 @main.command()
 @common
 @click.option("--requests", default=400, show_default=True)
-def replicas(bundle: Path, data: Path, out: Path, requests: int) -> None:
+@click.option("--images", default=4000, show_default=True, help="Different ones.")
+@click.option("--name", default="replicas", show_default=True, help="Of the file in OUT.")
+def replicas(bundle: Path, data: Path, out: Path, requests: int, images: int, name: str) -> None:
     """One and two replicas with a thread each."""
     engine = Engine(str(bundle), provider="cpu", threads=1)
-    jobs = jobs_from_images(engine, encoded_images(data, 4000), 8)
+    jobs = jobs_from_images(engine, encoded_images(data, images), 8)
     rows = {}
     for count in (1, 2):
         with server(bundle, provider="cpu", threads=1, replicas=count):
             rows[str(count)] = measure(engine, jobs, requests, 32, 32)
-    save(out, "replicas", rows)
+    save(out, name, rows)
 
 
 @main.command()
