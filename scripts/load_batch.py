@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -132,13 +133,12 @@ def main(bundle: Path, data: Path, out: Path, images: int, count: int) -> None:
         "different_names": len(set(table.column("image").to_pylist())),
         "errors": table.num_rows - table.column("error").null_count,
         "memory_of_workers_mib": {
-            "half": memory[len(memory) // 2],
+            "median": statistics.median(value for value in memory if value),
             "largest": max(memory),
-            "last": memory[-2],
         },
     }
-    shutil.rmtree(scratch)
     save(out, "batch", result)
+    shutil.rmtree(scratch)
 
 
 if __name__ == "__main__":
