@@ -20,7 +20,9 @@ SCHEMA_VERSION = 1
 
 def metadata_from_info(info: ArtifactInfo) -> dict[str, str]:
     """The header's metadata: format, schema version and the settings as JSON."""
-    text = json.dumps(dataclasses.asdict(info), ensure_ascii=False, allow_nan=False)
+    header = dataclasses.asdict(info)
+    del header["preprocess"]["dtype"]  # of a bundle's graphs
+    text = json.dumps(header, ensure_ascii=False, allow_nan=False)
     return {"format": FORMAT, "schema_version": str(SCHEMA_VERSION), "info": text}
 
 
@@ -90,7 +92,8 @@ def _vision(data: object) -> VisionSpec:
 
 
 def _preprocess(data: object) -> PreprocessSpec:
-    fields = _fields(data, PreprocessSpec, "preprocess")
+    fields = _fields(data, PreprocessSpec, "preprocess", optional=("dtype",))
+    require("dtype" not in fields, "preprocess: unknown key(s) dtype.")
     size = _list(fields.pop("image_size"), "preprocess.image_size")
     require(
         len(size) == 2 and all(is_int(n) and n >= 1 for n in size), f"preprocess.image_size: got {size!r}."

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from mass_export.bench_plain import write_plain_pass
 from mass_export.bench_start import bench_start
 from mass_export.errors import DataError
+from mass_export.image_input import normalised
 from mass_export.machine import describe_machine
 from mass_export.progress import Progress
 from mass_export.tables import Table
@@ -120,24 +121,29 @@ def bench_bundle(
             rows: list[Timing] = []
             for batch in progress.track(settings.batches, "Timing"):
                 images = random_images(classifier.manifest, batch, settings.seed)
-                feeds = {"pixel_values": images}
+                spec, pixel_values = classifier.manifest.preprocess, images
+                if spec.dtype == "uint8":
+                    pixel_values = normalised(images, spec)
+                feeds = {"pixel_values": pixel_values}
                 calls: dict[str, Call] = {
                     PLAIN: partial(plain.run, feeds),
                     TRIMMED: partial(trimmed.run, feeds),
                 }
                 calls |= bundle_calls(classifier, images)
-                calls |= {name: partial(make, images) for name, make in things.items()}
+                calls |= {name: partial(make, pixel_values) for name, make in things.items()}
                 rows += _rows(calls, classifier, batch, threads, settings)
     return {"machine": describe_machine(), "start": started, "rows": [asdict(row) for row in rows]}
 
 
-def random_images(manifest: Manifest, count: int, seed: int) -> NDArray[np.float32]:
-    """Normalised noise; times do not depend on what is seen. [count, 3, H, W]"""
+def random_images(manifest: Manifest, count: int, seed: int) -> NDArray[Any]:
+    """Noise as the bundle takes it; times do not depend on what is seen. [count, ..]"""
     rng = np.random.default_rng(seed)
+    if manifest.preprocess.dtype == "uint8":
+        return rng.integers(0, 256, (count, *manifest.preprocess.input_shape), np.uint8)
     return rng.standard_normal((count, 3, *manifest.preprocess.image_size), dtype=np.float32)
 
 
-def bundle_calls(classifier: Classifier, images: NDArray[np.float32]) -> dict[str, Call]:
+def bundle_calls(classifier: Classifier, images: NDArray[Any]) -> dict[str, Call]:
     """What a bundle can be asked for, by name. Sets are given, as a router would have chosen them."""
     T, B = len(classifier.tasks), len(images)
     mixed = [(row % T,) for row in range(B)]
@@ -153,7 +159,7 @@ def bundle_calls(classifier: Classifier, images: NDArray[np.float32]) -> dict[st
     return calls
 
 
-def two_passes(classifier: Classifier, images: NDArray[np.float32], sets: Sequence[TaskSet]) -> Any:
+def two_passes(classifier: Classifier, images: NDArray[Any], sets: Sequence[TaskSet]) -> Any:
     """`forward` with the router's choice replaced: both passes run in full."""
     with _routed(classifier, sets):
         return classifier.forward(images)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mass_export.progress import Progress
 from runtime.bundle import Manifest, all_matrices, read_manifest
@@ -95,7 +96,11 @@ def _plain(path: Path, threads: int) -> tuple[Callable[[Any], Any], float]:
 def main(kind: str, path: Path, batch: int, height: int, width: int, threads: int) -> None:
     """Open, run once, print."""
     importlib.import_module("onnxruntime")  # its own memory is not counted
-    images = np.random.default_rng(0).standard_normal((batch, 3, height, width), dtype=np.float32)
+    images: NDArray[Any] = np.random.default_rng(0).standard_normal(
+        (batch, 3, height, width), dtype=np.float32
+    )
+    if kind == "bundle" and read_manifest(path).preprocess.dtype == "uint8":
+        images = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), np.uint8)
     before, own_before = resident_mib()
     start = time.perf_counter()
     if kind == "plain":

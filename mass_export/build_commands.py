@@ -29,6 +29,7 @@ from mass_export.errors import ExportError
 
 if TYPE_CHECKING:
     from mass_export.factor_storage import FactorDtype
+    from runtime.bundle import ImageDtype
     from runtime.engine_spec import Precision
 
 
@@ -101,6 +102,10 @@ def merge(
     "--precise-router", is_flag=True,
     help="int8: attention and patches of the first pass stay fp32; larger, slower, routes more like fp32.",
 )  # fmt: skip
+@click.option(
+    "--input", "image_dtype", type=click.Choice(["float32", "uint8"]), default="float32", show_default=True,
+    help="What graphs take: normalised pixel_values [B, 3, H, W], or the bytes of images [B, H, W, 3].",
+)  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle with the eager model.")
 @click.option("--triton", type=DIRECTORY, help="Also write a model repository for NVIDIA Triton here.")
 @QUIET
@@ -112,6 +117,7 @@ def export(
     backend: str,
     precision: Precision,
     precise_router: bool,
+    image_dtype: ImageDtype,
     no_verify: bool,
     triton: Path | None,
     quiet: bool,
@@ -145,6 +151,7 @@ def export(
         precision="fp32" if with_engines else precision,
         engines=settings_from_options(precision, engine) if with_engines else None,
         precise_router=precise_router,
+        image_dtype=image_dtype,
     )
     checked = "not verified" if no_verify else "verified"
     what = f"{precision} engines" if with_engines else precision

@@ -57,11 +57,11 @@ class CalibrationImages:
 
     Attributes:
         source: name of the folder or file, or `random images`.
-        pixel_values: normalised. [N, 3, H, W] float32
+        pixel_values: as the bundle takes them. [N, ..]
     """
 
     source: str
-    pixel_values: NDArray[np.float32]
+    pixel_values: NDArray[Any]
 
     def describe(self) -> str:
         """For the engine's key: source, count and content."""
@@ -101,7 +101,7 @@ def find_peaks(bundle: Path, images: NDArray[np.float32], progress: Progress) ->
         cores = CoreCache(bundle, matrices, 64)
         for start in progress.track(range(0, len(images), BATCH), "Calibrating"):
             batch = images[start : start + BATCH]
-            residuals = first.run({"pixel_values": batch})["residuals"]
+            residuals = first.run({manifest.preprocess.input_name: batch})["residuals"]
             gates = gates_from_residuals(residuals, router.mode, router.temperature)
             selection = select_tasks(gates, router.mode, router.threshold, router.max_tasks)
             run_second_pass(second, manifest, cores, pixel_values=batch, sets=selection.sets(), gates=gates)

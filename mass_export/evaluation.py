@@ -21,7 +21,10 @@ from mass_export.progress import Progress
 from mass_export.spec import TaskInfo
 from runtime.bundle import PreprocessSpec
 from runtime.classifier import Classifier
+from runtime.prediction import route_shares
 from runtime.provider import Provider
+
+BINS = 10
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,22 @@ class TaskScores:
 
 
 @dataclass(frozen=True)
+class Confidence:
+    """How far a route's confidence can be trusted, over all images.
+
+    Attributes:
+        mean: of the confidence; as large as the share of right routes if it is a probability.
+        error: expected calibration error, the mean distance of confidence and share of right routes over ten bins of
+            equal width (Guo et al. 2017, eq. 3).
+        auroc: area under the ROC curve of telling right routes from wrong ones by it; None if all are alike.
+    """
+
+    mean: float
+    error: float
+    auroc: float | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Scores of a bundle on a split.
 
@@ -62,6 +81,7 @@ class Evaluation:
         average: over tasks.
         confusion: images of each task (row) that each task answered (column). [T][T]
         finetuned: accuracy of each task's own model on the same images, or None where that is not known.
+        confidence: of the routes; None with one task.
     """
 
     split: str
@@ -69,6 +89,7 @@ class Evaluation:
     average: TaskScores
     confusion: tuple[tuple[int, ...], ...]
     finetuned: Mapping[str, float] | None = None
+    confidence: Confidence | None = None
 
     @property
     def normalized_joint_accuracy(self) -> float | None:
@@ -116,6 +137,7 @@ class Evaluation:
             **asdict(self.average),
             "tasks": tasks,
             "confusion": [list(row) for row in self.confusion],
+            "confidence": None if self.confidence is None else asdict(self.confidence),
         }
 
 
@@ -131,6 +153,7 @@ class Answers:
         top_gate: task with the largest gate. [N]
         selected: the sets. [N, T] bool
         verified: whether two tasks were run one by one. [N] bool
+        confidence: of the route; NaN with one task. [N]
     """
 
     labels: NDArray[np.int64]
@@ -140,6 +163,7 @@ class Answers:
     top_gate: NDArray[np.int64]
     selected: NDArray[np.bool_]
     verified: NDArray[np.bool_]
+    confidence: NDArray[np.float64]
 
     def scores(self, task: int) -> TaskScores:
         """Scores when all images are of the task with this index."""
@@ -196,13 +220,15 @@ def classify(classifier: Classifier, task: str, images: LabelledImages, spec: Pr
     Where the task unknown led to exactly the true task, the task given leads to the same pass, which is not repeated.
     """
     parts = []
-    index = classifier.tasks.index(task)
+    index, columns = classifier.tasks.index(task), list(range(len(classifier.tasks)))
     for pixel_values, labels in images.batches(spec):
         unknown = classifier.forward(pixel_values)
         known_class_index = unknown.class_index.copy()
         others = np.flatnonzero((unknown.selected.sum(axis=1) > 1) | ~unknown.selected[:, index])
         if len(others):
             known_class_index[others] = classifier.forward(pixel_values[others], tasks=[task]).class_index
+        _, shares = route_shares(unknown.residuals, columns, classifier.router.confidence_scale)
+        rows = np.arange(len(labels))
         parts.append(
             (
                 labels,
@@ -212,6 +238,7 @@ def classify(classifier: Classifier, task: str, images: LabelledImages, spec: Pr
                 unknown.gates.argmax(axis=1),
                 unknown.selected,
                 unknown.verified,
+                np.full(len(labels), np.nan) if shares is None else shares[rows, unknown.task_index],
             )
         )
     return Answers(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -233,7 +260,37 @@ def evaluation_from_answers(
         average=TaskScores(images=sum(row["images"] for row in fields), **means),
         confusion=tuple(tuple(int(n) for n in row) for row in counts),
         finetuned=finetuned,
+        confidence=_confidence(answers),
     )
+
+
+def _confidence(answers: list[Answers]) -> Confidence | None:
+    confidence = np.concatenate([answer.confidence for answer in answers])
+    right = np.concatenate([answer.task_index == index for index, answer in enumerate(answers)])
+    if np.isnan(confidence).any():
+        return None
+    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    sums = [np.bincount(bins, values, BINS) for values in (confidence, right.astype(np.float64))]
+    error = float(np.abs(sums[0] - sums[1]).sum() / len(right))
+    return Confidence(float(confidence.mean()), error, area_under_roc(confidence[right], confidence[~right]))
+
+
+def area_under_roc(positive: NDArray[np.floating[Any]], negative: NDArray[np.floating[Any]]) -> float | None:
+    """How often a positive value exceeds a negative one, ties counting half; None without either.
+
+    Args:
+        positive: [n]
+        negative: [m]
+
+    Example:
+        >>> area_under_roc(np.array([0.9, 0.4]), np.array([0.5, 0.1]))
+        0.75
+    """
+    if not len(positive) or not len(negative):
+        return None
+    ranked = np.sort(negative)
+    below, upto = (np.searchsorted(ranked, positive, side=side) for side in ("left", "right"))
+    return float((below + upto).mean() / (2 * len(negative)))
 
 
 def _share(right: NDArray[np.bool_]) -> float:

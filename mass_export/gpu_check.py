@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mass_export.engine_bundle import build_engines
+from mass_export.image_input import nearest_bytes
 from mass_export.progress import Progress
 from mass_export.tables import Table, percent
 from mass_export.verify import Parity, combine, compare, enlarged
@@ -162,15 +163,16 @@ def _checked(
     return BackendCheck(name, ran=True, fault=fault_of(parity, precision), parity=parity, timings=timings)
 
 
-def random_images(bundle: Path, count: int, seed: int) -> NDArray[np.float32]:
-    """Noise of several scales, roughly normalised. [count, 3, H, W]"""
-    H, W = read_manifest(bundle).preprocess.image_size
+def random_images(bundle: Path, count: int, seed: int) -> NDArray[Any]:
+    """Noise of several scales, roughly normalised, or as bytes if the bundle takes them. [count, ..]"""
+    spec = read_manifest(bundle).preprocess
+    H, W = spec.image_size
     rng = np.random.default_rng(seed)
     images = np.empty((count, 3, H, W), np.float32)
     for index in range(count):
         cells = 2 ** (1 + index % 5)
         images[index] = enlarged(rng.normal(size=(3, cells, cells)).astype(np.float32), H, W)
-    return images
+    return images if spec.dtype == "float32" else nearest_bytes(images, spec)
 
 
 def answers(

@@ -184,7 +184,7 @@ def evaluate(
     from mass_export.progress import Progress  # noqa: PLC0415
     from mass_export.recipe import load_recipe  # noqa: PLC0415
     from mass_export.report_files import write_json  # noqa: PLC0415
-    from mass_export.tables import accuracy_table, routing_table  # noqa: PLC0415
+    from mass_export.tables import accuracy_table, confidence_sentence, routing_table  # noqa: PLC0415
     from runtime.bundle import read_manifest  # noqa: PLC0415
 
     progress, manifest = Progress(quiet=quiet), read_manifest(bundle)
@@ -200,6 +200,8 @@ def evaluate(
     )
     scores = evaluation.to_dict()
     print_tables(accuracy_table(scores, baselines), routing_table(scores))
+    if scores["confidence"] is not None:
+        click.echo(confidence_sentence(scores["confidence"]))
     if baselines is None:
         click.echo(f"No recipe of this bundle in {data}: without --recipe there are no baselines.", err=True)
     if json_path is not None:

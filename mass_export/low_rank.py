@@ -62,6 +62,14 @@ def factorize(delta: Tensor, rank: int) -> LowRank:
     Args:
         delta: one matrix of a task vector. [D_out, D_in]
         rank: 1 <= rank <= min(D_out, D_in).
+
+    Example:
+        >>> delta = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> factors = factorize(delta, rank=1)
+        >>> factors.rank, factors.s.tolist()
+        (1, [3.0])
+        >>> (factors.delta() - delta).norm().item()
+        1.0
     """
     matrix = delta.double()
     if min(matrix.shape) >= GRAM_FROM and 2 * rank <= min(matrix.shape):

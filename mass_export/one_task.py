@@ -29,12 +29,13 @@ import mass_export
 from mass_export.artifact import Artifact
 from mass_export.first_pass import add_blocks, add_router, stops_of
 from mass_export.graph import Graph
+from mass_export.image_input import add_image_input
 from mass_export.router_spec import Tap
 from mass_export.second_pass import CONV1, add_heads, vector_sizes
 from mass_export.spec import VisionSpec
 from mass_export.vit_graph import Layers, bias_name, cut_patches, encode_rest, tokens
 from mass_export.weights_file import WeightsFile
-from runtime.bundle import MatrixBases, OneTaskSpec, VectorTables
+from runtime.bundle import MatrixBases, OneTaskSpec, PreprocessSpec, VectorTables
 
 ONE_TASK = "one_task"
 PATCHES, TASKS = "patches", "tasks"
@@ -167,6 +168,7 @@ class _Writer:
     directory: Path
     bases: Mapping[str, MatrixBases]
     tables: VectorTables | None
+    preprocess: PreprocessSpec
 
     def layers(self, graph: Graph) -> OneTaskLayers:
         """The layers of any tasks."""
@@ -207,7 +209,7 @@ class _Writer:
     def patches(self) -> str:
         """Pixel values, and each task's own convolution [3*P*P, D] or its bases -> projected patches."""
         graph, vision = Graph(f"{ONE_TASK}_{PATCHES}", self.weights), self.artifact.info.vision
-        images = graph.input("pixel_values", ir.DataType.FLOAT, ["B", 3, *vision.image_size])
+        images = add_image_input(graph, self.preprocess)
         if self.tables is not None and self.tables.conv1_bases is not None:
             bases = {CONV1: self.tables.conv1_bases}
             layers = OneTaskLayers(graph, vision, self.artifact.base, bases, own_vectors=False)
@@ -279,6 +281,7 @@ def write_one_task(
     directory: Path,
     bases: Mapping[str, MatrixBases],
     tables: VectorTables | None,
+    preprocess: PreprocessSpec,
 ) -> OneTaskSpec:
     """Write the graphs beside the other two; they read the same weights.
 
@@ -288,5 +291,6 @@ def write_one_task(
         directory: of the bundle.
         bases: stored in the weights file.
         tables: stored there, too; with a first pass on the base its own row comes last.
+        preprocess: how images come in.
     """
-    return _Writer(artifact, weights, directory, bases, tables).write()
+    return _Writer(artifact, weights, directory, bases, tables, preprocess).write()

@@ -16,6 +16,7 @@ from mass_export.engine_bundle import build_engines
 from mass_export.errors import ExportError
 from mass_export.first_pass import add_first_pass
 from mass_export.graph import Graph
+from mass_export.image_input import add_image_input
 from mass_export.one_task import write_one_task
 from mass_export.progress import Progress
 from mass_export.second_pass import AdaptiveLayers, add_second_pass, store_bases, store_vectors
@@ -31,10 +32,12 @@ from runtime.bundle import (
     SCHEMA_VERSION,
     SECOND_PASS,
     FileSpec,
+    ImageDtype,
     Manifest,
     MatrixBases,
     OneTaskSpec,
     PassSpec,
+    PreprocessSpec,
     RouterSpec,
     TaskSpec,
     VectorTables,
@@ -45,8 +48,8 @@ from runtime.engine_settings import EngineSettings
 from runtime.engine_spec import Precision
 
 WEIGHTS_FILE = "weights.bin"
-# Turns the default router's scores into probabilities on validation images of the zoo; elsewhere it only ranks.
-STANDARDIZED_CONFIDENCE = 2.0
+# Makes the default router's scores probabilities on validation images of the zoo; elsewhere it only ranks.
+STANDARDIZED_CONFIDENCE = 1.25
 
 
 def export_bundle(
@@ -59,6 +62,7 @@ def export_bundle(
     precision: Precision = "fp32",
     engines: EngineSettings | None = None,
     precise_router: bool = False,
+    image_dtype: ImageDtype = "float32",
 ) -> Path:
     """Write a bundle directory.
 
@@ -74,6 +78,7 @@ def export_bundle(
         precision: of the graphs, `fp32`, `fp16` or `int8`.
         engines: also build TensorRT engines, so.
         precise_router: with int8, see `convert_bundle_int8`.
+        image_dtype: `float32` for graphs that take normalised images, `uint8` for graphs that take their bytes.
 
     Raises:
         EngineError: TensorRT is missing or refuses.
@@ -87,7 +92,13 @@ def export_bundle(
         out.parent.mkdir(parents=True, exist_ok=True)
         with staging(out) as scratch:
             staged = _stage(
-                artifact, artifact_path, scratch, precision, progress, precise_router=precise_router
+                artifact,
+                artifact_path,
+                scratch,
+                precision,
+                progress,
+                precise_router=precise_router,
+                image_dtype=image_dtype,
             )
             if verify:
                 verify_bundle(artifact, staged, progress=progress)
@@ -111,11 +122,12 @@ def _stage(
     progress: Progress,
     *,
     precise_router: bool,
+    image_dtype: ImageDtype,
 ) -> Path:
     """Write the bundle below `scratch`, in its precision."""
     staged = scratch / "fp32"
     staged.mkdir()
-    manifest = write_bundle(artifact, artifact_path, staged, progress)
+    manifest = write_bundle(artifact, artifact_path, staged, progress, image_dtype)
     if precision == "fp32":
         return staged
     converted = scratch / precision
@@ -128,10 +140,17 @@ def _stage(
     return converted
 
 
-def write_bundle(artifact: Artifact, artifact_path: Path, directory: Path, progress: Progress) -> Manifest:
+def write_bundle(
+    artifact: Artifact,
+    artifact_path: Path,
+    directory: Path,
+    progress: Progress,
+    image_dtype: ImageDtype = "float32",
+) -> Manifest:
     """Write graphs, weights and manifest into an empty directory."""
+    preprocess = dataclasses.replace(artifact.info.preprocess, dtype=image_dtype)
     with WeightsFile(directory / WEIGHTS_FILE) as weights:
-        first = _write_first_pass(artifact, weights, directory)
+        first = _write_first_pass(artifact, weights, directory, preprocess)
         names = artifact.info.vision.matrix_names()
         bases = {
             name: store_bases(weights, artifact.tasks, name)
@@ -147,21 +166,19 @@ def write_bundle(artifact: Artifact, artifact_path: Path, directory: Path, progr
                 with_base=not artifact.merged,
                 patch_embed=artifact.storage.patch_embed,
             )
-        second = _write_second_pass(artifact, weights, directory, bases, tables)
-        one_task = write_one_task(artifact, weights, directory, bases, tables)
+        second = _write_second_pass(artifact, weights, directory, bases, tables, preprocess)
+        one_task = write_one_task(artifact, weights, directory, bases, tables, preprocess)
     passes = {FIRST_PASS: first, SECOND_PASS: second}
-    manifest = _manifest(artifact, artifact_path, passes, bases, one_task, directory)
+    manifest = _manifest(artifact, artifact_path, passes, bases, one_task, directory, preprocess)
     (directory / MANIFEST_FILE).write_text(json_from_manifest(manifest), encoding="utf-8")
     return manifest
 
 
-def _pixel_values(graph: Graph, artifact: Artifact) -> ir.Value:
-    return graph.input("pixel_values", ir.DataType.FLOAT, ["B", 3, *artifact.info.vision.image_size])
-
-
-def _write_first_pass(artifact: Artifact, weights: WeightsFile, directory: Path) -> PassSpec:
+def _write_first_pass(
+    artifact: Artifact, weights: WeightsFile, directory: Path, preprocess: PreprocessSpec
+) -> PassSpec:
     graph = Graph(FIRST_PASS, weights)
-    pixel_values = _pixel_values(graph, artifact)
+    pixel_values = add_image_input(graph, preprocess)
     shares_base = not artifact.merged
     params, prefix = (artifact.base, "base.") if shares_base else (artifact.merged, "merged.")
     layers = Layers(graph, artifact.info.vision, params, prefix)
@@ -180,9 +197,10 @@ def _write_second_pass(
     directory: Path,
     bases: dict[str, MatrixBases],
     tables: VectorTables | None,
+    preprocess: PreprocessSpec,
 ) -> PassSpec:
     graph = Graph(SECOND_PASS, weights)
-    pixel_values = _pixel_values(graph, artifact)
+    pixel_values = add_image_input(graph, preprocess)
     layers = AdaptiveLayers(graph, artifact.info.vision, artifact.base, artifact.info.merge, bases, tables)
     logits = add_second_pass(layers, artifact.heads, pixel_values)
     classes = sum(len(task.classes) for task in artifact.info.tasks)
@@ -197,6 +215,7 @@ def _manifest(
     bases: dict[str, MatrixBases],
     one_task: OneTaskSpec,
     directory: Path,
+    preprocess: PreprocessSpec,
 ) -> Manifest:
     info = artifact.info
     tasks, start = [], 0
@@ -210,7 +229,7 @@ def _manifest(
         producer=f"mass-export {mass_export.__version__}",
         model=dataclasses.asdict(info.vision)
         | {"first_pass": info.merge.base_merge, "vectors": info.merge.vectors},
-        preprocess=info.preprocess,
+        preprocess=preprocess,
         tasks=tuple(tasks),
         router=RouterSpec(
             mode=router.mode,

@@ -68,7 +68,7 @@ def measure_extremes(emulated: Path, images: NDArray[np.float32]) -> dict[str, E
     """
     manifest = read_manifest(emulated)
     first = _Recorded(emulated / manifest.passes[FIRST_PASS].file)
-    first.run({"pixel_values": images})
+    first.run({manifest.preprocess.input_name: images})
     first.close()
     second = _Recorded(emulated / manifest.passes[SECOND_PASS].file)
     matrices = manifest.matrices if manifest.compose == "tsvm" else ()

@@ -10,7 +10,15 @@ from mass_export.report_charts import Bar, bar_chart, heat_map, line_chart
 from mass_export.report_curves import curves_section, latency_charts, residuals_section
 from mass_export.report_html import command, figure, table
 from mass_export.report_style import CSS
-from mass_export.tables import SUITES, Table, accuracy_table, percent, routing_table, summary_table
+from mass_export.tables import (
+    SUITES,
+    Table,
+    accuracy_table,
+    confidence_sentence,
+    percent,
+    routing_table,
+    summary_table,
+)
 
 SECTIONS = {
     "accuracy": "Accuracy",
@@ -149,6 +157,8 @@ def _routing(report: Mapping[str, Any]) -> str:
             )
         )
         tables.append(f"<h3>{escape(title)}, <code>{escape(name)}</code></h3>{table(routing_table(scores))}")
+        if found := scores.get("confidence"):
+            tables.append(f"<p>{confidence_sentence(found)}</p>")
         tables.append(command(scores["commands"]["scores"]))
     return f"<div class=pair>{''.join(figures)}</div>{''.join(tables)}"
 

@@ -143,6 +143,13 @@ def routing_table(evaluation: Mapping[str, Any]) -> Table:
     return Table("Routing", columns, tuple(rows), summary_rows=1)
 
 
+def confidence_sentence(confidence: Mapping[str, Any]) -> str:
+    """How far the confidence of routes can be trusted."""
+    mean, error, auroc = (percent(confidence[key]) for key in ("mean", "error", "auroc"))
+    told = "" if confidence["auroc"] is None else f"; it tells right from wrong routes with AUROC {auroc}"
+    return f"Route confidence: {mean} on average, calibration error {error}{told}."
+
+
 def layer_table(scores: Sequence[Mapping[str, Any]]) -> Table:
     """What every routing layer achieves on validation images."""
     columns = ("Layer", "Gates", "Routing", "Kept in the set", "Joint accuracy")

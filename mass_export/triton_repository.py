@@ -68,6 +68,8 @@ def write_triton_repository(bundle: Path, repository: Path) -> Path:
             "second pass each, which an ensemble cannot; merge with verify_margin 0, or use `mass serve`."
         )
     kinds = {t.dtype for spec in manifest.passes.values() for t in (*spec.inputs, *spec.outputs)}
+    if manifest.preprocess.dtype == "uint8":
+        raise ExportError(f"{bundle}: takes bytes; Triton's ensemble needs it exported with --input float32.")
     if not kinds <= set(_TYPES):
         raise ExportError(
             f"{bundle}: tensors of {', '.join(sorted(kinds))}; export it with --precision fp32."

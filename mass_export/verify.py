@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mass_export.artifact import Artifact
 from mass_export.errors import VerificationError
+from mass_export.image_input import nearest_bytes, normalised
 from mass_export.model import MassModel
 from mass_export.progress import Progress
 from runtime.bundle import MANIFEST_FILE, PreprocessSpec
@@ -101,9 +102,14 @@ def verify_bundle(
         images = np.concatenate([pixel_values, images])
     model = MassModel(artifact)
     with Classifier(bundle, provider="cpu") as classifier:
-        batches = [images[i : i + VERIFY_BATCH] for i in range(0, len(images), VERIFY_BATCH)]
+        spec = classifier.manifest.preprocess
+        given: NDArray[Any] = images
+        if spec.dtype == "uint8":
+            given = nearest_bytes(images, spec)
+            images = normalised(given, spec)
+        batches = [slice(i, i + VERIFY_BATCH) for i in range(0, len(images), VERIFY_BATCH)]
         parts = [
-            compare(model.forward(torch.from_numpy(batch)), classifier.forward(batch))
+            compare(model.forward(torch.from_numpy(images[batch])), classifier.forward(given[batch]))
             for batch in progress.track(batches, "Comparing with the eager model")
         ]
         precision = classifier.manifest.precision
@@ -124,8 +130,8 @@ def sample_images(artifact: Artifact, count: int = RANDOM_IMAGES) -> NDArray[np.
     return random_pixel_values(artifact.info.preprocess, count)
 
 
-def random_pixel_values(spec: PreprocessSpec, count: int) -> NDArray[np.float32]:
-    """The same for preprocessing alone. [count, 3, H, W]"""
+def random_pixel_values(spec: PreprocessSpec, count: int) -> NDArray[Any]:
+    """The same for preprocessing alone, as bytes if it says so. [count, 3, H, W] float32 or [count, H, W, 3] uint8"""
     rng = np.random.default_rng(0)
     H, W = spec.image_size
     mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (spec.mean, spec.std))
@@ -133,7 +139,7 @@ def random_pixel_values(spec: PreprocessSpec, count: int) -> NDArray[np.float32]
     for i in range(count):
         cells = 2 ** (1 + i % 5)  # from broad patches to fine noise
         images[i] = (enlarged(rng.random((3, cells, cells), dtype=np.float32), H, W) - mean) / std
-    return images
+    return images if spec.dtype == "float32" else nearest_bytes(images, spec)
 
 
 def enlarged(cells: NDArray[Any], H: int, W: int) -> NDArray[Any]:

@@ -29,6 +29,7 @@ SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 FIRST_PASS = "first_pass"
 SECOND_PASS = "second_pass"
+FLOAT_INPUT, BYTES_INPUT = "pixel_values", "images"
 MAX_MANIFEST_BYTES = 64 << 20
 _MAX_FLOAT = 1e300
 
@@ -37,6 +38,7 @@ HeadChoice = Literal["max", "mean"]
 Compose = Literal["tsvm", "sum"]
 SumWeights = Literal["uniform", "gates"]
 Verify = Literal["size", "full"]
+ImageDtype = Literal["float32", "uint8"]
 
 STORED_DTYPES = ("int8", "float16", "float32", "float64")
 
@@ -56,11 +58,13 @@ class TensorSpec:
 class PassSpec:
     """One of the two graphs; all dimensions but T, K*R and sum C are dynamic.
 
-    first pass: `pixel_values [B, 3, H, W] float32` -> `residuals [B, T] float32`, and where it can be said
+    Images are `pixel_values [B, 3, H, W] float32`, normalised, or `images [B, H, W, 3] uint8`, see `PreprocessSpec`.
+
+    first pass: images -> `residuals [B, T] float32`, and where it can be said
         `unknown [B] float32`: higher where no task explains the image.
 
     second pass, for samples whose sets have the same size K -> `logits [B, sum C] float32`, every head:
-        pixel_values: [B, 3, H, W] float32
+        pixel_values or images: as above
         slots: task indices of each set, ascending. [S, K] int64, S is B or 1 (one set for the whole batch)
         weights: of each slot's task, sum to 1. [S, K] float32
         cores: with `compose` tsvm, one input per matrix, named `MatrixBases.core`. [S, K*R, K*R] float32
@@ -223,13 +227,27 @@ class RouterSpec:
 
 @dataclass(frozen=True)
 class PreprocessSpec:
-    """open_clip's validation transform: resize the shortest side, centre crop, RGB, normalise."""
+    """open_clip's validation transform: resize the shortest side, centre crop, RGB, normalise.
+
+    With dtype `uint8` the graphs normalise: they take `images [B, H, W, 3]` of bytes instead of `pixel_values`.
+    """
 
     image_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "squash"] = "shortest"
+    dtype: ImageDtype = "float32"
+
+    @property
+    def input_name(self) -> str:
+        """Of the graphs' input that takes images."""
+        return FLOAT_INPUT if self.dtype == "float32" else BYTES_INPUT
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Of one image there."""
+        return (3, *self.image_size) if self.dtype == "float32" else (*self.image_size, 3)
 
 
 @dataclass(frozen=True)

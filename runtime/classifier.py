@@ -46,6 +46,15 @@ _LOG = logging.getLogger(__name__)
 class Classifier:
     """One model for all tasks of a bundle. Thread-safe; a context manager. A forked process must make its own.
 
+    Example:
+        >>> with Classifier("engines/", provider="cpu") as classifier:
+        ...     (prediction,) = classifier.predict(["cat.jpg"])
+        ...     given = classifier.predict(["cat.jpg"], tasks=[classifier.tasks[0]])
+        >>> prediction.task in classifier.tasks and prediction.label in classifier.classes[prediction.task]
+        True
+        >>> given[0].task == classifier.tasks[0]
+        True
+
     Attributes:
         provider: where it runs: `cpu`, `cuda` or `tensorrt`.
         tasks: names, in the order of every T axis.
@@ -215,12 +224,12 @@ class Classifier:
 
     def _decoded(
         self, pool: ThreadPoolExecutor, images: Iterator[ImageSource], done: int
-    ) -> tuple[Future[NDArray[np.float32]] | None, int]:
+    ) -> tuple[Future[NDArray[Any]] | None, int]:
         """The next batch in the making, None at the end, and how many images have been taken then."""
         try:
             batch = list(islice(images, self._batch_size))
         except Exception as error:  # noqa: BLE001 - the caller's own; due when the batch before has been answered
-            failed: Future[NDArray[np.float32]] = Future()
+            failed: Future[NDArray[Any]] = Future()
             failed.set_exception(error)
             return failed, done
         if not batch:
@@ -234,7 +243,7 @@ class Classifier:
         Args:
             pixel_values: normalised RGB, finite; a numpy array, or with TensorRT also a contiguous array of another
                 library on the GPU (`__cuda_array_interface__`, DLPack), which is used where it is and not searched
-                for NaN. [B, 3, H, W] float32
+                for NaN. [B, 3, H, W] float32; of a bundle that takes bytes [B, H, W, 3] uint8, 0..255 RGB
             tasks: names of the tasks that may answer, None for all. With one there is no first pass.
 
         Raises:
@@ -370,7 +379,7 @@ class Classifier:
     def _first_pass(self, pixel_values: Any) -> dict[str, NDArray[Any]]:
         if self._one_task is not None and self._one_task.routes:
             return self._one_task.first_pass(pixel_values)
-        return self._first.run({"pixel_values": pixel_values})
+        return self._first.run({self.manifest.preprocess.input_name: pixel_values})
 
     def _second_pass(
         self, pixel_values: Any, sets: Sequence[TaskSet], gates: NDArray[np.float32]
@@ -397,17 +406,17 @@ class Classifier:
             raise BackendError("the classifier is closed; make a new one.")
 
     def _require_pixel_values(self, pixel_values: object) -> None:
-        wanted = (3, *self.manifest.preprocess.image_size)
+        spec = self.manifest.preprocess
         if not isinstance(pixel_values, np.ndarray | DeviceArray):
             raise InputError(f"pixel_values: expected a numpy array, got {type(pixel_values).__name__}.")
-        if len(pixel_values.shape) != 4 or pixel_values.shape[1:] != wanted:
-            expected = ", ".join(map(str, wanted))
+        if len(pixel_values.shape) != 4 or tuple(pixel_values.shape[1:]) != spec.input_shape:
+            expected = ", ".join(map(str, spec.input_shape))
             raise InputError(f"pixel_values: expected shape [B, {expected}], got {list(pixel_values.shape)}.")
-        if pixel_values.dtype != np.float32:
-            raise InputError(f"pixel_values: expected float32, got {pixel_values.dtype}.")
+        if pixel_values.dtype != spec.dtype:
+            raise InputError(f"pixel_values: expected {spec.dtype}, got {pixel_values.dtype}.")
         if not len(pixel_values):
             raise InputError("pixel_values: the batch is empty.")
-        if isinstance(pixel_values, DeviceArray):
+        if isinstance(pixel_values, DeviceArray) or spec.dtype == "uint8":
             return
         unfit = np.flatnonzero(~np.isfinite(pixel_values).all(axis=(1, 2, 3)))
         if len(unfit):

@@ -52,6 +52,15 @@ def compute_core(
 
     Returns:
         core: [K*R, K*R] float32, computed in float64
+
+    Example:
+        Two tasks of rank 1 whose directions are orthogonal need no orthogonalisation:
+
+        >>> import numpy as np
+        >>> rows = np.eye(2)
+        >>> compute_core([rows[:1], rows[1:]], [np.array([3.0]), np.array([2.0])], [rows[:1], rows[1:]])
+        array([[3., 0.],
+               [0., 2.]], dtype=float32)
     """
     scale = np.concatenate([np.asarray(part, np.float64) for part in s])
     if len(s) == 1 or not scale.any():

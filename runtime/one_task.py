@@ -38,7 +38,7 @@ class OneTaskPass:
         def load(file: str) -> _Part:
             return _Part(OnnxSession(directory / file, "cpu", num_threads))
 
-        self._patches = load(spec.patches)
+        self._patches, self._images = load(spec.patches), manifest.preprocess.input_name
         self._segments = [load(file) for file in spec.segments]
         self._routers = [load(file) for file in spec.routers]
         self._stop_margin = spec.stop_margin
@@ -62,7 +62,7 @@ class OneTaskPass:
         """What the first-pass graph puts out: the base's blocks up to a router that is sure, or the last.
 
         Args:
-            pixel_values: normalised images. [B, 3, H, W] float32
+            pixel_values: images as the bundle takes them. [B, ..]
 
         Returns:
             `residuals` [B, T] float32, and where the bundle has it `unknown` [B] float32
@@ -96,7 +96,7 @@ class OneTaskPass:
         """Logits of every head, each image under its task's model.
 
         Args:
-            pixel_values: normalised images, as many of each task, in the order of `tasks`. [S*m, 3, H, W] float32
+            pixel_values: images as the bundle takes them, as many of each task, in the order of `tasks`. [S*m, ..]
             tasks: indices. S of them
 
         Returns:
@@ -115,13 +115,11 @@ class OneTaskPass:
         """Patches under the tasks' own convolutions, -1 for the base's. [B, N-1, D]"""
         if not self._conv1:
             stacks = self._base if tasks == [-1] else self._stacks
-            state = {"pixel_values": pixel_values, "tasks": np.maximum(np.array(tasks, np.int64), 0)}
+            state = {self._images: pixel_values, "tasks": np.maximum(np.array(tasks, np.int64), 0)}
             return self._patches.run(state, stacks)["patches"]
         each = len(pixel_values) // len(tasks)
         parts = [
-            self._patches.run(
-                {"pixel_values": pixel_values[row * each : (row + 1) * each]}, self._conv1[task]
-            )
+            self._patches.run({self._images: pixel_values[row * each : (row + 1) * each]}, self._conv1[task])
             for row, task in enumerate(tasks)
         ]
         return np.concatenate([part["patches"] for part in parts]) if len(parts) > 1 else parts[0]["patches"]

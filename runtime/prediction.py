@@ -121,7 +121,7 @@ def predictions_from_result(
     names = [task.name for task in tasks]
     threshold = None if router is None else router.unknown_threshold
     columns = list(range(len(tasks))) if allowed is None else list(allowed)
-    margins, shares = _route_shares(
+    margins, shares = route_shares(
         result.residuals, columns, 1.0 if router is None else router.confidence_scale
     )
     predictions = []
@@ -151,10 +151,19 @@ def predictions_from_result(
     return predictions
 
 
-def _route_shares(
+def route_shares(
     residuals: NDArray[np.float32] | None, columns: list[int], scale: float
 ) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
-    """Margin of the best task [B], and share of each task that may answer [B, A]; None without a second one."""
+    """How clear each route is.
+
+    Args:
+        residuals: distance to each task; None without a first pass. [B, T]
+        columns: tasks that may answer, A of them.
+        scale: the router's `confidence_scale`.
+
+    Returns:
+        margin of the best task [B], and share of each task that may answer [B, A]; None without a second one.
+    """
     if residuals is None or len(columns) < 2:
         return None, None
     chosen = residuals[:, columns].astype(np.float64)

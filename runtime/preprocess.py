@@ -116,7 +116,7 @@ def _decode(path: Path, where: str) -> Image:
 
 def pixel_values_from_images(
     sources: Sequence[ImageSource], spec: PreprocessSpec, first_index: int = 0
-) -> NDArray[np.float32]:
+) -> NDArray[Any]:
     """Load, resize, crop and normalise a batch.
 
     Args:
@@ -125,17 +125,24 @@ def pixel_values_from_images(
         first_index: number of the first image, for errors.
 
     Returns:
-        pixel_values: normalised RGB. [B, 3, H, W] float32
+        pixel_values: normalised RGB [B, 3, H, W] float32; with `spec.dtype` uint8 bytes [B, H, W, 3] uint8
 
     Raises:
         InputError: naming the first image that cannot be used, and why.
+
+    Example:
+        >>> spec = PreprocessSpec((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        >>> pixel_values = pixel_values_from_images([np.zeros((20, 30, 3), np.uint8)], spec)
+        >>> pixel_values.shape, float(pixel_values.min())
+        ((1, 3, 8, 8), -1.0)
     """
-    pixel_values = np.empty((len(sources), 3, *spec.image_size), np.float32)
+    pixel_values = np.empty((len(sources), *spec.input_shape), spec.dtype)
     for row, source in enumerate(sources):
         where = f"image {first_index + row}"
         image = load_image(source, where)
         try:
-            pixel_values[row] = _normalized(_fitted(image, spec), spec)
+            rgb = _rgb(_fitted(image, spec))
+            pixel_values[row] = rgb if spec.dtype == "uint8" else _normalized(rgb, spec)
         except (ValueError, OSError, MemoryError) as error:
             raise InputError(
                 f"{where}: this {image.size[0]} x {image.size[1]} image of mode {image.mode} cannot be "
@@ -156,6 +163,11 @@ def resized_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]
 
     Returns:
         (width, height).
+
+    Example:
+        >>> spec = PreprocessSpec((224, 224), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        >>> resized_size((640, 480), spec)
+        (298, 224)
     """
     width, height = size
     high, wide = spec.image_size
@@ -188,12 +200,16 @@ def _fitted(image: Image, spec: PreprocessSpec) -> Image:
     return image.crop((left, top, left + wide, top + high))
 
 
-def _normalized(image: Image, spec: PreprocessSpec) -> NDArray[np.float32]:
-    """Convert an image of the final size, which belongs to the caller of this function alone."""
+def _rgb(image: Image) -> NDArray[np.uint8]:
+    """Convert an image of the final size, which belongs to the caller of this function alone. [H, W, 3]"""
     # Transparent colours count as opaque, as in open_clip; kept, they would only make Pillow warn.
     image.info.pop("transparency", None)
-    rgb = image.convert("RGB")
-    pixels = np.asarray(rgb, np.float32) / np.float32(255)  # [H, W, 3]
+    return np.asarray(image.convert("RGB"))
+
+
+def _normalized(rgb: NDArray[np.uint8], spec: PreprocessSpec) -> NDArray[np.float32]:
+    """[H, W, 3] -> [3, H, W]."""
+    pixels = np.asarray(rgb, np.float32) / np.float32(255)
     mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
     normalized: NDArray[np.float32] = (pixels - mean) / std
     return normalized.transpose(2, 0, 1)

@@ -63,6 +63,13 @@ def gates_from_residuals(
 
     Returns:
         gates: [B, T] float32 in [0, 1]
+
+    Example:
+        >>> import numpy as np
+        >>> gates_from_residuals(np.array([[2.0, 1.0, 3.0]]), "topk", 1.0).round(2)
+        array([[0.24, 0.67, 0.09]], dtype=float32)
+        >>> gates_from_residuals(np.array([[2.0, 1.0, 3.0]]), "top1", 1.0, allowed=[0, 2])
+        array([[1., 0., 0.]], dtype=float32)
     """
     columns = np.arange(residuals.shape[1]) if allowed is None else np.asarray(sorted(allowed), np.int64)
     scores = -residuals[:, columns].astype(np.float64)  # [B, A]
@@ -92,6 +99,12 @@ def select_tasks(gates: NDArray[np.float32], mode: GateMode, threshold: float, m
         mode: that of the gates.
         threshold: in [0, 1).
         max_tasks: >= 1.
+
+    Example:
+        >>> import numpy as np
+        >>> gates = np.array([[0.24, 0.67, 0.09], [0.1, 0.1, 0.1]], np.float32)
+        >>> select_tasks(gates, "topk", threshold=0.2, max_tasks=3).sets()
+        [(0, 1), (0,)]
     """
     by_index = np.broadcast_to(np.arange(gates.shape[1]), gates.shape)
     by_gate = np.argsort(-gates, axis=1, kind="stable")

@@ -130,7 +130,7 @@ def run_second_pass(
         session: of the second-pass graph.
         manifest: of the bundle.
         cores: of the bundle; asked only with `compose` tsvm.
-        pixel_values: normalised images, as the session staged them. [B, 3, H, W] float32
+        pixel_values: images as the bundle takes them, as the session staged them. [B, ..]
         sets: tasks of each sample, ascending.
         gates: used where the bundle weights sums by them. [B, T] float32
         one_task: where there is one, it runs the sets of a single task.
@@ -155,7 +155,7 @@ def run_second_pass(
             kept = np.take_along_axis(gates[rows], slots, axis=1)
             weights = kept / kept.sum(axis=1, keepdims=True)
         feeds: dict[str, Any] = {
-            "pixel_values": pixel_values[rows],
+            manifest.preprocess.input_name: pixel_values[rows],
             "slots": slots,
             "weights": weights,
         }

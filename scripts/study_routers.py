@@ -35,7 +35,7 @@ from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.recipe import Recipe, load_recipe
 from mass_export.router_spec import RouterSettings, default_router
-from mass_export.routing import projection_residuals
+from mass_export.routing import is_sure, log_posterior, projection_residuals
 from mass_export.synthetic_images import synthetic_images
 from runtime.bundle import TaskSpec
 from runtime.routing import answer
@@ -49,6 +49,13 @@ POOL_IMAGES = 300
 SUBSETS = 5
 SUITES = ("core", "hard")
 UNSURE = {"verify_margin": 0.5, "verify_prior": 6.0}
+# Short names of the rows that the picture names.
+NAMED = {
+    "paper, block": "paper",
+    "**default**": "default",
+    "**pool**": "pool",
+    "**task images**": "task images",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +125,27 @@ class Suite:
             scores = np.concatenate([model.residuals(part).numpy() for part in parts])
             found |= self.figures(name, artifact, tasks, rows, scores)
         return found
+
+    def blocks_of(self, artifact: Artifact) -> float:
+        """Blocks of the first pass, on average over the test images; the last one that is read counts half."""
+        info = artifact.info
+        if info.router.evidence:
+            return float(info.vision.layers)
+        last = max(tap.layer for tap in info.read_taps()) + 0.5
+        if info.calibration is None or not info.calibration.stops:
+            return last
+        calibration, taps = artifact.calibration, info.calibration.discriminant
+        assert calibration is not None
+        assert calibration.stop_weight is not None
+        assert calibration.stop_bias is not None
+        features = tap_features(artifact, self.splits["test"].pixel_values, taps, self.progress)
+        read = np.full(len(self.splits["test"].task), last)
+        for index, stop in reversed(list(enumerate(info.calibration.stops))):
+            z = torch.cat([features[tap] for tap in info.calibration.taps_before(stop)], dim=1).float()
+            weight = calibration.stop_weight[index, :, : z.shape[1]]
+            posterior = log_posterior(z, weight, calibration.stop_bias[index])
+            read[is_sure(-posterior, info.calibration.stop_margin).numpy()] = stop + 0.5
+        return float(read.mean())
 
     def rows_of(self, name: str, tasks: Sequence[int]) -> NDArray[np.int64]:
         """Images of these tasks in a split."""
@@ -264,6 +292,7 @@ def study(suite: Suite, seed: int = 0) -> dict[str, Any]:
         ("the same, half rank", "nothing", no_heads),
         ("the same, quarter rank", "nothing", routed_by(no_heads, rank=max(1, half // 2))),
         ("half rank, mlp and attention inputs", "nothing", _both_sites(suite, half)),
+        ("mlp and attention inputs, and head evidence", "nothing", _both_sites(suite, half, evidence=2.0)),
         ("half rank, mean of all tokens", "nothing", routed_by(no_heads, token="mean")),  # noqa: S106
         (
             "half rank, calibrated on synthetic images",
@@ -287,8 +316,9 @@ def study(suite: Suite, seed: int = 0) -> dict[str, Any]:
             f"{POOL_IMAGES} images",
             calibrate_pool(default, pool, **quiet),
         ),
-        ("discriminant", "40 images a task", calibrated(40, verify=False)),
-        ("**task images**: verified where unsure", "40 images a task", calibrated(40)),
+        ("discriminant", "40 images a task", calibrated(40, verify=False, stop_early=False)),
+        ("the same, verified where unsure", "40 images a task", calibrated(40, stop_early=False)),
+        ("**task images**: verified, early stops", "40 images a task", calibrated(40)),
     ]
     single = {"merged": best_single_layer(suite, merged), "base": best_single_layer(suite, base)}
     table = [
@@ -296,15 +326,17 @@ def study(suite: Suite, seed: int = 0) -> dict[str, Any]:
         for name, row in single.items()
     ]
     table += [
-        {"router": name, "knows": knows, **suite.score(artifact), "blocks": depth_of(artifact)}
+        {"router": name, "knows": knows, **suite.score(artifact), "blocks": suite.blocks_of(artifact)}
         for name, knows, artifact in suite.progress.track(rows, "Routers")
     ]
     centred = dataclasses.replace(default, heads=without_task_component(default.heads))
     return {
         "tasks": [task.name for task in suite.recipe.tasks],
+        "depth": depth,
+        "rank_ratio": suite.recipe.tasks[0].rank_ratio,
         "table": table,
         "images_per_task": [
-            {"images": n, **suite.score(a), "blocks": depth_of(a)}
+            {"images": n, **suite.score(a), "blocks": suite.blocks_of(a)}
             for n in IMAGE_COUNTS
             for a in [calibrated(n)]
         ],
@@ -316,8 +348,10 @@ def study(suite: Suite, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _both_sites(suite: Suite, rank: int) -> Artifact:
-    router = dataclasses.replace(default_router(suite.recipe.vision.layers, rank), site="both", evidence=0.0)
+def _both_sites(suite: Suite, rank: int, evidence: float = 0.0) -> Artifact:
+    router = dataclasses.replace(
+        default_router(suite.recipe.vision.layers, rank), site="both", evidence=evidence
+    )
     return merge(suite.with_router(router, "zeroshot"), suite.progress)
 
 
@@ -326,11 +360,59 @@ def without(row: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != key}
 
 
-def depth_of(artifact: Artifact) -> float:
-    """Blocks of the first pass; the last one that is read counts half, attention without mlp."""
-    if artifact.info.router.evidence:
-        return float(artifact.info.vision.layers)
-    return max(tap.layer for tap in artifact.info.read_taps()) + 0.5
+def with_costs(result: dict[str, Any]) -> None:
+    """Add what each router costs on images that need one task, as a multiple of one plain pass (MASS.md's counting).
+
+    First pass: the share of blocks that it reads. Second pass: 1 plus the low-rank branches, 4/3 of the tasks' rank
+    ratio. An image that is verified runs the second pass twice.
+    """
+    depth, ratio = result["depth"], result["rank_ratio"]
+    for row in (*result["table"], *result["images_per_task"]):
+        second = 1 + 4 / 3 * ratio
+        row["cost"] = row["blocks"] / depth + second * (1 + row["test_verified"])
+
+
+def frontier(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows than which none is both cheaper and better, cheapest first."""
+    best, kept = -1.0, []
+    for row in sorted(rows, key=lambda row: (row["cost"], -row["test_joint"])):
+        if row["test_joint"] > best:
+            best = row["test_joint"]
+            kept.append(row)
+    return kept
+
+
+def draw_costs(results: dict[str, Any], out: Path) -> None:
+    """Accuracy against cost, a panel for each suite; colours by what the router knows, the frontier as a line."""
+    fig, panels = plt.subplots(1, len(SUITES), figsize=(8.4, 3.4))
+    colours = {"nothing": "C0", "300 images": "C2", "40 images a task": "C3"}
+    for panel, name in zip(panels, SUITES, strict=True):
+        rows = [row for row in results[name]["table"] if row["test_joint"] > 0.75]
+        for knows, colour in colours.items():
+            chosen = [row for row in rows if row["knows"] == knows]
+            panel.scatter(
+                [row["cost"] for row in chosen],
+                [row["test_joint"] for row in chosen],
+                s=18,
+                color=colour,
+                label=knows,
+            )
+        line = frontier(rows)
+        panel.plot([r["cost"] for r in line], [r["test_joint"] for r in line], color="0.6", lw=1, zorder=0)
+        for row in rows:
+            label = next((short for start, short in NAMED.items() if row["router"].startswith(start)), None)
+            if label is not None and not row["router"].endswith("base"):
+                panel.annotate(
+                    label,
+                    (row["cost"], row["test_joint"]),
+                    textcoords="offset points",
+                    xytext=(5, -9),
+                    fontsize=8,
+                )
+        panel.set(title=name, xlabel="cost, plain passes", ylabel="joint accuracy / fine-tuned")
+    panels[0].legend(frameon=False, title="may know", fontsize=8)
+    fig.tight_layout()
+    fig.savefig(out / "router_costs.svg", metadata={"Date": None})
 
 
 def by_number_of_tasks(suite: Suite, seed: int = 0) -> list[dict[str, Any]]:
@@ -385,7 +467,9 @@ def markdown(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
     """A table; shares as per cent."""
 
     def cell(key: str, value: Any) -> str:
-        return f"{100 * value:.1f}" if isinstance(value, float) and key != "blocks" else str(value)
+        if isinstance(value, float) and key in ("blocks", "cost"):
+            return f"{value:.1f}" if key == "blocks" else f"{value:.2f}"
+        return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
 
     lines = [f"| {' | '.join(columns.values())} |", f"|{'---|' * len(columns)}"]
     lines += [f"| {' | '.join(cell(key, row.get(key, '-')) for key in columns)} |" for row in rows]
@@ -413,7 +497,10 @@ def main(data: Path, out: Path, *, quiet: bool, redraw: bool) -> None:
             json.dumps(measure(data, Progress(quiet=quiet)), indent=1) + "\n", encoding="utf-8"
         )
     results: dict[str, Any] = json.loads(figures.read_text(encoding="utf-8"))
+    for name in SUITES:
+        with_costs(results[name])
     draw(results, out)
+    draw_costs(results, out)
     table = {
         "router": "router",
         "knows": "knows",
@@ -422,6 +509,7 @@ def main(data: Path, out: Path, *, quiet: bool, redraw: bool) -> None:
         "val_joint": "joint, validation",
         "test_verified": "verified",
         "blocks": "blocks read",
+        "cost": "cost",
     }
     counts = {"images": "images a task", **{k: v for k, v in table.items() if k not in ("router", "knows")}}
     sections = [
@@ -429,9 +517,16 @@ def main(data: Path, out: Path, *, quiet: bool, redraw: bool) -> None:
         (
             f"Made by `python scripts/study_routers.py --data {data} --out {out}` ({platform.machine()}, "
             f"{os.cpu_count()} processors, fp32). Joint accuracy is a share of the fine-tuned models' accuracy, in per "
-            "cent, averaged over tasks; *blocks read* is the length of the first pass."
+            "cent, averaged over tasks. *Blocks read* is the mean length of the first pass. *Cost* is that of both "
+            "passes as a multiple of one plain pass, counted, not timed: blocks read over depth, plus 1 + 4/3 of the "
+            "rank ratio for each second pass, of which a verified image runs two."
         ),
         "![Accuracy by number of tasks and by images a task](routers.svg)",
+        "![Accuracy against cost](router_costs.svg)",
+        (
+            "The grey line joins the routers than which none is both cheaper and better. Which is the default, and "
+            "why: [method.md](method.md#which-router)."
+        ),
     ]
     for name in SUITES:
         result = results[name]

@@ -81,7 +81,7 @@ def test_synthetic_images_and_array_files_work_and_the_artifact_may_be_replaced(
     [
         ([], "exactly one of"),
         (["--synthetic", "--pool", "x"], "exactly one of"),
-        (["--pool", "missing"], "missing: no images"),
+        (["--pool", "missing"], "missing: no such file or folder"),
         (["--task-images", "task0"], "expected TASK=FOLDER"),
     ],
 )

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from mass_export.datasets import load_labelled_images
+from mass_export.discriminant import fit_confidence_scale
 from mass_export.errors import DataError
-from mass_export.evaluation import Answers, evaluate_bundle, evaluation_from_answers
+from mass_export.evaluation import Answers, area_under_roc, evaluate_bundle, evaluation_from_answers
 from mass_export.progress import Progress
 from runtime import Classifier
 
 QUIET = Progress(quiet=True)
 
 
-def answers(labels, task_index, class_index, selected, known=None):
+def answers(labels, task_index, class_index, selected, known=None, confidence=None):
     selected = np.array(selected, bool)
     return Answers(
         labels=np.array(labels),
@@ -24,6 +25,7 @@ def answers(labels, task_index, class_index, selected, known=None):
         top_gate=selected.argmax(axis=1),
         selected=selected,
         verified=selected.sum(axis=1) > 1,
+        confidence=np.array([np.nan] * len(labels) if confidence is None else confidence, float),
     )
 
 
@@ -102,3 +104,34 @@ def test_images_of_every_task_must_be_there(pico_bundle):
     (data / "data/task1/test.npz").unlink()
     with pytest.raises(DataError, match="no images of task 'task1'"):
         evaluate_bundle(bundle, data, progress=QUIET)
+
+
+def test_confidence_is_compared_with_how_often_routes_are_right():
+    first = answers([0] * 4, [0, 0, 0, 1], [0] * 4, [[1, 0]] * 4, confidence=[0.95, 0.95, 0.95, 0.55])
+    second = answers([0], [0], [0], [[1, 0]], confidence=[0.95])
+    found = evaluation_from_answers(["a", "b"], [first, second], "test").confidence
+    assert found.mean == pytest.approx(0.87)
+    # of four routes at .95 three are right, and the one at .55 is wrong
+    assert found.error == pytest.approx((4 * abs(0.95 - 0.75) + 0.55) / 5)
+    assert found.auroc == pytest.approx((0.5 + 1.0) / 2)
+
+
+def test_without_a_first_pass_nothing_is_said_of_confidence(two_tasks):
+    assert two_tasks.confidence is None
+    assert two_tasks.to_dict()["confidence"] is None
+
+
+def test_area_under_roc_counts_ties_half():
+    assert area_under_roc(np.array([0.9, 0.5]), np.array([0.5, 0.1])) == pytest.approx(3.5 / 4)
+    assert area_under_roc(np.array([0.9]), np.array([])) is None
+
+
+def test_the_fitted_scale_makes_scores_probabilities():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(20000, 3))
+    shares = np.exp(2.5 * scores)
+    shares /= shares.sum(axis=1, keepdims=True)
+    labels = (rng.random((len(scores), 1)) > shares.cumsum(axis=1)).sum(axis=1)
+    assert fit_confidence_scale(scores, labels) == pytest.approx(2.5, rel=0.05)
+    assert fit_confidence_scale(scores / 50, labels) == pytest.approx(125, rel=0.05)
+    assert fit_confidence_scale(scores, scores.argmax(axis=1)) == pytest.approx(1e3)  # never wrong

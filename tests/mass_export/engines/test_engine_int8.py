@@ -193,8 +193,11 @@ def test_the_command_line_takes_images_and_refuses_what_does_not_fit(
 
 
 def test_a_place_without_images_is_an_error(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no images"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="nowhere: no such file or folder"):
         calibration_images(read_manifest(bundle), tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no images in this folder"):
+        calibration_images(read_manifest(bundle), tmp_path / "empty")
 
 
 def test_stripped_int8_engines_are_refused(bundle: Path) -> None:

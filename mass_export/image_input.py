@@ -1,0 +1,40 @@
+"""How images come into a graph: normalised, or as the bytes of their pixels with the normalisation inside."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mass_export.graph import Graph
+from runtime.bundle import BYTES_INPUT, FLOAT_INPUT, PreprocessSpec
+
+
+def add_image_input(graph: Graph, spec: PreprocessSpec) -> ir.Value:
+    """The graph's first input, as `spec.dtype` wants it: -> pixel_values [B, 3, H, W] float32.
+
+    float32: `pixel_values [B, 3, H, W]` itself. uint8: `images [B, H, W, 3]`, then `(images / 255 - mean) / std` in the
+    order of `runtime.preprocess`, so that both give the same bits.
+    """
+    if spec.dtype == "float32":
+        return graph.input(FLOAT_INPUT, ir.DataType.FLOAT, ["B", 3, *spec.image_size])
+    images = graph.input(BYTES_INPUT, ir.DataType.UINT8, ["B", *spec.image_size, 3])
+    x = graph.op("Div", graph.op("Cast", images, to=int(ir.DataType.FLOAT)), graph.scalar(255))
+    mean, std = (graph.constant(np.array(values, np.float32)) for values in (spec.mean, spec.std))
+    x = graph.op("Div", graph.op("Sub", x, mean), std)
+    return graph.op("Transpose", x, perm=[0, 3, 1, 2])
+
+
+def normalised(images: NDArray[np.uint8], spec: PreprocessSpec) -> NDArray[np.float32]:
+    """What the graph makes of bytes: [B, H, W, 3] -> [B, 3, H, W]."""
+    mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
+    pixels: NDArray[np.float32] = (images.astype(np.float32) / np.float32(255) - mean) / std
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+
+def nearest_bytes(pixel_values: NDArray[np.float32], spec: PreprocessSpec) -> NDArray[np.uint8]:
+    """The bytes that come nearest to normalised images: [B, 3, H, W] -> [B, H, W, 3]."""
+    mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
+    pixels = pixel_values.transpose(0, 2, 3, 1) * std + mean
+    rounded: NDArray[np.uint8] = np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+    return rounded
