@@ -28,12 +28,12 @@ class Work:
     """Images of one request, or a part of them.
 
     Attributes:
-        pixel_values: preprocessed. [n, 3, H, W] float32
+        pixel_values: preprocessed, as the bundle takes them. [n, ..]
         tasks: that may answer, None for all.
         top_k: alternatives for each image, at most.
     """
 
-    pixel_values: NDArray[np.float32]
+    pixel_values: NDArray[Any]
     tasks: tuple[str, ...] | None
     top_k: int
 
@@ -69,7 +69,8 @@ class Engine:
         )
         self.tasks = self.classifier.tasks
         for size in {*WARM_UP_SIZES, batch_size}:
-            empty = np.zeros((size, 3, *self.image_size), np.float32)
+            spec = self.classifier.manifest.preprocess
+            empty = np.zeros((size, *spec.input_shape), spec.dtype)
             self.classifier.forward(empty)
         self.classifier.forward(empty[:1], [self.tasks[0]])
 

@@ -1,6 +1,7 @@
 """The Open Inference Protocol, version 2 over REST, with Triton's extension for binary tensors.
 
-Inputs: `image` BYTES [N], the content of image files (in JSON as base64), or `pixel_values` FP32 [N, 3, H, W].
+Inputs: `image` BYTES [N], the content of image files (in JSON as base64), or what the bundle takes: `pixel_values` FP32
+[N, 3, H, W], or of a bundle of bytes `images` UINT8 [N, H, W, 3].
 Outputs: `task`, `label` BYTES [N], `score` FP32 [N], `top_labels` BYTES and `top_scores` FP32 [N, top_k] (padded with
 "" and 0), `gates` and, unless one task was asked for, `residuals` FP32 [N, T], tasks in the order of the metadata, and
 `route_confidence` FP32 [N]; where the bundle can tell, `unknown` FP32 [N], and with a threshold `is_unknown` BOOL [N].
@@ -40,12 +41,15 @@ OUTPUTS = {
     "unknown": ("FP32", [-1]),
     "is_unknown": ("BOOL", [-1]),
 }
+DATATYPES = {"float32": "FP32", "uint8": "UINT8"}
 VERSION = "1"
 
 
 def protocol_routes(service: Service) -> APIRouter:
     """The routes below `/v2`."""
     routes = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+
+    spec = service.engine.classifier.manifest.preprocess
 
     def require(model: str, version: str = VERSION) -> None:
         if model != service.name or version != VERSION:
@@ -81,7 +85,11 @@ def protocol_routes(service: Service) -> APIRouter:
             "platform": "mass-export",
             "inputs": [
                 {"name": "image", "datatype": "BYTES", "shape": [-1]},
-                {"name": "pixel_values", "datatype": "FP32", "shape": [-1, 3, *service.engine.image_size]},
+                {
+                    "name": spec.input_name,
+                    "datatype": DATATYPES[spec.dtype],
+                    "shape": [-1, *spec.input_shape],
+                },
             ],
             "outputs": [
                 {"name": name, "datatype": kind, "shape": shape} for name, (kind, shape) in OUTPUTS.items()
@@ -122,14 +130,16 @@ async def _classified(
             )
         named = [(str(index), content) for index, content in enumerate(images.array.reshape(-1).tolist())]
         return await service.classify(named, tasks, top_k)
-    if set(inputs) == {"pixel_values"}:
-        pixels = inputs["pixel_values"]
-        if pixels.datatype != "FP32":
-            raise RequestProblem(400, f"pixel_values: expected datatype FP32, got {pixels.datatype}.")
+    spec = service.engine.classifier.manifest.preprocess
+    name, datatype = spec.input_name, DATATYPES[spec.dtype]
+    if set(inputs) == {name}:
+        pixels = inputs[name]
+        if pixels.datatype != datatype:
+            raise RequestProblem(400, f"{name}: expected datatype {datatype}, got {pixels.datatype}.")
         if pixels.array.shape[0] > service.limits.max_images:
-            raise RequestProblem(413, f"pixel_values: at most {service.limits.max_images} images a request.")
+            raise RequestProblem(413, f"{name}: at most {service.limits.max_images} images a request.")
         return await service.classify_pixels(pixels.array, tasks, top_k)
-    raise RequestProblem(400, f"inputs: expected either image or pixel_values, got {sorted(inputs)}.")
+    raise RequestProblem(400, f"inputs: expected either image or {name}, got {sorted(inputs)}.")
 
 
 def _outputs(found: Sequence[Prediction], tasks: Sequence[str]) -> dict[str, NDArray[Any]]:

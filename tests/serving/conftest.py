@@ -38,10 +38,15 @@ def _toys():
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory) -> Path:
+def toy_module():
+    return _toys()
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory, toy_module) -> Path:
     """One that tells unknown images, as a calibrated one does."""
     pytest.importorskip("onnx")
-    toys = _toys()
+    toys = toy_module
     directory = tmp_path_factory.mktemp("bundle")
     toys.write_bundle(toys.Toy.random(), directory, "tsvm", max_tasks=2, unknown_threshold=UNKNOWN_THRESHOLD)
     return directory

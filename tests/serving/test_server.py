@@ -21,14 +21,21 @@ def own(bundle, tmp_path):
 @pytest.fixture
 def watched(own, monkeypatch):
     """`watched(deploy)`: a server looks after the bundle until `stop`; digests that it deploys go to `deploy`."""
-    stopping = threading.Event()
+    stopping, looked = threading.Event(), threading.Event()
     threads = []
 
+    def seen(directory):
+        found = bundle_digest(directory)
+        looked.set()
+        return found
+
     def start(deploy):
+        monkeypatch.setattr(server, "bundle_digest", seen)
         monkeypatch.setattr(server, "deploy", lambda settings: deploy(bundle_digest(settings.bundle)))
         settings = ServeSettings(bundle=str(own), watch=0.02)
         threads.append(threading.Thread(target=server.watch, args=(settings, stopping)))
         threads[0].start()
+        assert looked.wait(10)
 
     yield start
     stopping.set()
@@ -79,19 +86,19 @@ def test_a_damaged_bundle_is_left_alone_until_it_is_whole(own, watched):
 
 
 def test_after_a_bundle_that_does_not_start_the_next_one_is_tried(own, watched):
-    digests, twice = [], threading.Event()
+    digests, once, twice = [], threading.Event(), threading.Event()
 
     def deploy(digest):
         digests.append(digest)
         if len(digests) == 2:
             twice.set()
+        once.set()
         if len(digests) == 1:
             raise RuntimeError("replicas do not start")
 
     watched(deploy)
     first = rewrite(own, 3)
-    while not digests:
-        threading.Event().wait(0.02)
+    assert once.wait(10)
     second = rewrite(own, 5)
     assert twice.wait(10)
     assert digests == [first, second]
