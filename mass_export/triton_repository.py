@@ -18,7 +18,7 @@ from runtime.serving.triton import slots_per_sample
 
 ENSEMBLE = "mass"
 MAX_BATCH = 32
-_TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64", "bytes": "TYPE_STRING"}
+_TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64", "bytes": "TYPE_STRING", "bool": "TYPE_BOOL"}
 _PYTHON = '''"""{text}"""
 
 from pathlib import Path
@@ -45,6 +45,9 @@ class TritonPythonModel:
 '''
 
 Tensor = tuple[str, str, list[int]]
+_SCALARS = frozenset(
+    {"unknown"}
+)  # [B] in the graph; in an ensemble a tensor has a dimension beside the batch's
 
 
 def write_triton_repository(bundle: Path, repository: Path) -> Path:
@@ -98,30 +101,36 @@ def _write(manifest: Manifest, bundle: Path, out: Path) -> None:
         sides = [(matrix.core, width * matrix.s.shape[1]) for matrix in manifest.matrices]
         routed += [(name, "float32", [side, side]) for name, side in sides]
     named: list[Tensor] = [("task", "bytes", [1]), ("label", "bytes", [1]), ("score", "float32", [1])]
+    seen: list[Tensor] = [residuals]  # by the first pass
+    if any(tensor.name == "unknown" for tensor in manifest.passes[FIRST_PASS].outputs):
+        seen.append(("unknown", "float32", [1]))
+        if manifest.router.unknown_threshold is not None:
+            named.append(("is_unknown", "bool", [1]))
+    judged: list[Tensor] = [residuals, logits, *seen[1:]]
 
-    _model(out, "first_pass", "onnxruntime", [pixel_values], [residuals])
+    _model(out, "first_pass", "onnxruntime", [pixel_values], seen)
     _graph(manifest.passes[FIRST_PASS], manifest, bundle, out / f"{ENSEMBLE}_first_pass/1")
     _model(out, "routing", "python", [residuals], [gates, *routed])
     _python(manifest, bundle, out / f"{ENSEMBLE}_routing/1", "Routing", ["residuals"], "Routes become sets.")
     _model(out, "second_pass", "onnxruntime", [pixel_values, *routed], [logits])
     _graph(manifest.passes[SECOND_PASS], manifest, bundle, out / f"{ENSEMBLE}_second_pass/1")
-    _model(out, "answer", "python", [residuals, logits], named)
+    _model(out, "answer", "python", judged, named)
     _python(
         manifest,
         bundle,
         out / f"{ENSEMBLE}_answer/1",
         "Answers",
-        ["residuals", "logits"],
+        [name for name, *_ in judged],
         "Names of the answers.",
     )
 
     steps = [
-        _step("first_pass", [pixel_values], [residuals]),
+        _step("first_pass", [pixel_values], seen),
         _step("routing", [residuals], [gates, *routed]),
         _step("second_pass", [pixel_values, *routed], [logits]),
-        _step("answer", [residuals, logits], named),
+        _step("answer", judged, named),
     ]
-    ensemble = _config(ENSEMBLE, 'platform: "ensemble"', [pixel_values], [*named, gates, residuals])
+    ensemble = _config(ENSEMBLE, 'platform: "ensemble"', [pixel_values], [*named, gates, *seen])
     scheduling = "ensemble_scheduling {\n  step [\n" + ",\n".join(steps) + "\n  ]\n}\n"
     (out / ENSEMBLE / "1").mkdir(parents=True)
     (out / ENSEMBLE / "1" / "README").write_text("An ensemble has no file of its own.\n")
@@ -167,16 +176,19 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _config(name: str, kind: str, inputs: list[Tensor], outputs: list[Tensor]) -> str:
+    reshaped = _SCALARS if "onnxruntime" in kind else frozenset()
     listed = [
-        f"{key} [\n{_tensors(tensors)}\n]\n" for key, tensors in (("input", inputs), ("output", outputs))
+        f"{key} [\n{_tensors(tensors, reshaped)}\n]\n"
+        for key, tensors in (("input", inputs), ("output", outputs))
     ]
     return f'name: "{name}"\n{kind}\nmax_batch_size: {MAX_BATCH}\n' + "".join(listed)
 
 
-def _tensors(tensors: list[Tensor]) -> str:
-    rows = [
-        f'  {{ name: "{name}" data_type: {_TYPES[kind]} dims: {shape} }}' for name, kind, shape in tensors
-    ]
+def _tensors(tensors: list[Tensor], reshaped: frozenset[str]) -> str:
+    rows = []
+    for name, kind, shape in tensors:
+        reshape = " reshape { shape: [] }" if name in reshaped else ""
+        rows.append(f'  {{ name: "{name}" data_type: {_TYPES[kind]} dims: {shape}{reshape} }}')
     return ",\n".join(rows)
 
 

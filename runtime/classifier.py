@@ -35,7 +35,7 @@ from runtime.prediction import ForwardResult, Prediction, joined, predictions_fr
 from runtime.preprocess import ImageSource, pixel_values_from_images
 from runtime.provider import Provider
 from runtime.routing import Selection, answer, gates_from_residuals, select_tasks
-from runtime.second_pass import TaskSet, run_second_pass
+from runtime.second_pass import TaskSet, batches_of_parts, run_second_pass, spans
 from runtime.verification import verify_routes
 
 __all__ = ["Classifier", "ForwardResult", "Prediction"]
@@ -210,14 +210,14 @@ class Classifier:
         return self._predictions(iter(images), self._allowed(tasks), top_k)
 
     def _predictions(
-        self, images: Iterator[ImageSource], allowed: tuple[int, ...] | None, top_k: int
+        self, images: Iterator[ImageSource], allowed: TaskSet | None, top_k: int
     ) -> Iterator[Prediction]:
         with ThreadPoolExecutor(1, "mass-decode") as pool:
             coming, done = self._decoded(pool, images, 0)
             while coming is not None:
                 pixel_values = coming.result()
                 coming, done = self._decoded(pool, images, done)
-                result = self._forward(pixel_values, allowed)
+                (result,) = self._forward(pixel_values, [(len(pixel_values), allowed)])
                 yield from predictions_from_result(
                     result, self.manifest.tasks, top_k, allowed=allowed, router=self.router
                 )
@@ -250,36 +250,109 @@ class Classifier:
             InputError: another type, shape or dtype, an empty batch, NaN or infinity, or an unknown task.
             BackendError: the backend failed, or the classifier is closed.
         """
+        images = self._checked(pixel_values)
+        return self._forward_parts(images, [(len(images), tasks)])[0]
+
+    def forward_parts(
+        self, pixel_values: Any, parts: Sequence[tuple[int, Iterable[str] | None]]
+    ) -> list[ForwardResult]:
+        """Like `forward` for images that ask for different tasks: they share both passes.
+
+        Args:
+            pixel_values: see `forward`. [B, 3, H, W] float32
+            parts: of the batch, in order: how many images, and the tasks that may answer those.
+
+        Returns:
+            one result for each part
+
+        Raises:
+            InputError: see `forward`; or the parts do not make up the batch.
+            BackendError: see `forward`.
+        """
+        return self._forward_parts(self._checked(pixel_values), parts)
+
+    def _checked(self, pixel_values: Any) -> Any:
         self._require_open()
         if is_foreign_device_array(pixel_values) and self.provider == "tensorrt":
             pixel_values = self._first.stage(pixel_values)
         self._require_pixel_values(pixel_values)
-        allowed = self._allowed(tasks)
-        starts = range(0, len(pixel_values), self._batch_size)
-        parts = [self._forward(pixel_values[i : i + self._batch_size], allowed) for i in starts]
-        return parts[0] if len(parts) == 1 else joined(parts)
+        return pixel_values
 
-    def _forward(self, images: Any, allowed: tuple[int, ...] | None) -> ForwardResult:
+    def _forward_parts(
+        self, pixel_values: Any, parts: Sequence[tuple[int, Iterable[str] | None]]
+    ) -> list[ForwardResult]:
+        counts = [count for count, _ in parts]
+        if sum(counts) != len(pixel_values) or min(counts) < 1:
+            raise InputError(f"parts: {counts} images do not make up a batch of {len(pixel_values)}.")
+        allowed = [self._allowed(tasks) for _, tasks in parts]
+        found: list[list[ForwardResult]] = [[] for _ in parts]
+        for rows, members in batches_of_parts(counts, self._batch_size):
+            results = self._forward(pixel_values[rows], [(count, allowed[part]) for part, count in members])
+            for (part, _), result in zip(members, results, strict=True):
+                found[part].append(result)
+        return [results[0] if len(results) == 1 else joined(results) for results in found]
+
+    def _forward(self, images: Any, parts: Sequence[tuple[int, TaskSet | None]]) -> list[ForwardResult]:
         self._require_open()
-        router, shape = self.router, (len(images), len(self.tasks))
         pixel_values = self._first.stage(_contiguous(images))
-        residuals: NDArray[np.float32] | None = None
-        unknown: NDArray[np.float32] | None = None
-        if allowed is not None and len(allowed) == 1:
-            gates = np.zeros(shape, np.float32)
-            gates[:, allowed] = 1
-            order = np.broadcast_to([*allowed, *(i for i in range(shape[1]) if i not in allowed)], shape)
-            selection = Selection(gates > 0, order)
-        else:
-            found = self._first_pass(pixel_values)
-            residuals = found["residuals"].astype(np.float32)
-            _require_finite("residuals", residuals)
-            if "unknown" in found:
-                unknown = found["unknown"].astype(np.float32)
-                _require_finite("unknown", unknown)
+        rows = [slice(start, start + count) for start, count in spans([count for count, _ in parts])]
+        scores = self._scores(pixel_values, rows, [allowed for _, allowed in parts])
+        gates, selections = [], []
+        for (count, allowed), found in zip(parts, scores, strict=True):
+            weights, selection = self._selected(count, allowed, found.get("residuals"))
+            gates.append(weights)
+            selections.append(selection)
+        sets = [tasks for selection in selections for tasks in selection.sets()]
+        logits = self._second_pass(pixel_values, sets, np.concatenate(gates))
+        return [
+            self._answered(pixel_values, rows[i], logits, gates[i], selections[i], allowed, scores[i])
+            for i, (_, allowed) in enumerate(parts)
+        ]
+
+    def _scores(
+        self, pixel_values: Any, rows: Sequence[slice], allowed: Sequence[TaskSet | None]
+    ) -> list[dict[str, NDArray[np.float32]]]:
+        """What the first pass says of each part; nothing where one task is given."""
+        asked = [tasks is None or len(tasks) > 1 for tasks in allowed]
+        if not any(asked):
+            return [{} for _ in rows]
+        if not all(asked):
+            kept = [range(part.start, part.stop) for part, ask in zip(rows, asked, strict=True) if ask]
+            pixel_values = pixel_values[[row for part in kept for row in part]]
+        found = {name: values.astype(np.float32) for name, values in self._first_pass(pixel_values).items()}
+        for name, values in found.items():
+            _require_finite(name, values)
+        counts = [part.stop - part.start if ask else 0 for part, ask in zip(rows, asked, strict=True)]
+        return [
+            {name: values[start : start + count] for name, values in found.items()} if count else {}
+            for start, count in spans(counts)
+        ]
+
+    def _selected(
+        self, count: int, allowed: TaskSet | None, residuals: NDArray[np.float32] | None
+    ) -> tuple[NDArray[np.float32], Selection]:
+        router, tasks = self.router, len(self.tasks)
+        if residuals is not None:
             gates = gates_from_residuals(residuals, router.mode, router.temperature, allowed)
-            selection = select_tasks(gates, router.mode, router.threshold, router.max_tasks)
-        logits = self._second_pass(pixel_values, selection.sets(), gates)
+            return gates, select_tasks(gates, router.mode, router.threshold, router.max_tasks)
+        assert allowed is not None
+        gates = np.zeros((count, tasks), np.float32)
+        gates[:, allowed] = 1
+        order = [*allowed, *(i for i in range(tasks) if i not in allowed)]
+        return gates, Selection(gates > 0, np.broadcast_to(order, gates.shape))
+
+    def _answered(
+        self,
+        pixel_values: Any,
+        rows: slice,
+        logits: NDArray[np.float32],
+        gates: NDArray[np.float32],
+        selection: Selection,
+        allowed: TaskSet | None,
+        scores: dict[str, NDArray[np.float32]],
+    ) -> ForwardResult:
+        """The result of one part: unsure routes verified, heads compared."""
+        logits, residuals = logits[rows], scores.get("residuals")
         verified = np.zeros(len(logits), np.bool_)
         if residuals is not None:
             selection, verified = verify_routes(
@@ -287,13 +360,20 @@ class Classifier:
                 logits,
                 residuals,
                 allowed=allowed,
-                settings=router,
+                settings=self.router,
                 tasks=self.manifest.tasks,
-                run=lambda rows, sets: self._second_pass(pixel_values[rows], sets, gates[rows]),
+                run=lambda some, sets: self._second_pass(pixel_values[some + rows.start], sets, gates[some]),
             )
-        task_index, class_index = answer(logits, self.manifest.tasks, selection, router.head_choice)
+        task_index, class_index = answer(logits, self.manifest.tasks, selection, self.router.head_choice)
         return ForwardResult(
-            residuals, gates, selection.selected, logits, task_index, class_index, verified, unknown
+            residuals,
+            gates,
+            selection.selected,
+            logits,
+            task_index,
+            class_index,
+            verified,
+            scores.get("unknown"),
         )
 
     def _first_pass(self, pixel_values: Any) -> dict[str, NDArray[Any]]:
@@ -342,7 +422,7 @@ class Classifier:
         if len(unfit):
             raise InputError(f"pixel_values: NaN or infinity in image {unfit[0]}.")
 
-    def _allowed(self, tasks: Iterable[str] | None) -> tuple[int, ...] | None:
+    def _allowed(self, tasks: Iterable[str] | None) -> TaskSet | None:
         """Indices of the given tasks, ascending; None for all."""
         if tasks is None:
             return None

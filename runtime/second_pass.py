@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,27 @@ def plan_single_tasks(task_of: Mapping[int, int]) -> list[Run]:
         sets = each[:1] if len(set(each)) == 1 else each
         runs.append(Run(tuple(left), tuple((task,) for task in sets)))
     return runs
+
+
+def spans(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """(first row, number of rows) of consecutive parts."""
+    return [(sum(counts[:part]), count) for part, count in enumerate(counts)]
+
+
+def batches_of_parts(counts: Sequence[int], most: int) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
+    """Cut consecutive parts into batches.
+
+    Args:
+        counts: images of each part.
+        most: images of a batch.
+
+    Yields:
+        rows of a batch, and what it takes: (part, how many of its images)
+    """
+    taken = np.repeat(np.arange(len(counts)), counts)
+    for start in range(0, len(taken), most):
+        parts, sizes = np.unique(taken[start : start + most], return_counts=True)
+        yield slice(start, start + most), list(zip(parts.tolist(), sizes.tolist(), strict=True))
 
 
 def run_second_pass(

@@ -44,39 +44,50 @@ def draw_faults(ax: Any, faults: dict[str, Any]) -> None:
     ax.set_xlabel("s")
 
 
-def draw_cost(ax: Any, throughput: dict[str, Any]) -> None:
-    """Processor time of an image: the model's and what serving adds."""
-    names = ["one_image", "eight_images"]
-    rows = [throughput[name]["cpu_ms_per_image"] for name in names]
-    for place, row in enumerate(rows):
-        ax.bar(place - 0.2, row["direct"], 0.35, color="0.7", label="direct loop" if not place else None)
-        ax.bar(place + 0.2, row["replicas"], 0.35, color="C0", label="replica" if not place else None)
-        ax.bar(
-            place + 0.2,
-            row["proxy"],
-            0.35,
-            bottom=row["replicas"],
-            color="C1",
-            label="proxy" if not place else None,
-        )
-    ax.set(xticks=range(len(names)), xticklabels=["1 image a request", "8 images a request"])
-    ax.set(ylabel="processor time per image, ms", title="What serving costs")
+def draw_cost(ax: Any, stages: dict[str, dict[str, Any]], title: str) -> None:
+    """Processor time of an image: alone, and what serving adds, by proxy and images in a request."""
+    rows = [
+        (f"{images}{proxy}", stage[f"{name}"]["cpu_ms_per_image"])
+        for proxy, stage in stages.items()
+        for images, name in (("1 image", "one_image"), ("8 images", "eight_images"))
+    ]
+    for place, (_, row) in enumerate(rows):
+        below = 0.0
+        ax.bar(place - 0.2, row["direct"], 0.35, color="0.7", label=None if place else "direct loop")
+        for part, color in (("replicas", "C0"), ("proxy", "C1"), ("clients", "C4")):
+            ax.bar(place + 0.2, row[part], 0.35, bottom=below, color=color, label=None if place else part)
+            below += row[part]
+    ax.set(xticks=range(len(rows)), xticklabels=[name for name, _ in rows], title=title)
+    ax.set(ylabel="processor time per image, ms")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def draw_overhead(ax: Any, rows: list[dict[str, float]]) -> None:
+    """Latency of one client's requests, by images in a request."""
+    sizes = [row["images"] for row in rows]
+    for name, color in (("direct", "0.5"), ("served", "C0")):
+        ax.plot(sizes, [row[f"{name}_ms"] for row in rows], "o-", ms=3, color=color, label=name)
+    ax.set(xscale="log", xticks=sizes, xticklabels=[f"{size:g}" for size in sizes], ylim=(0, None))
+    ax.minorticks_off()
+    ax.set(xlabel="images in a request", ylabel="ms", title="One client")
     ax.legend(frameon=False, fontsize=8)
 
 
 def main(folder: Path) -> None:
     """Draw what there is."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    throughput, faults = read(folder, "throughput"), read(folder, "faults")
-    panels = [(draw_cost, throughput, 1)] if throughput else []
-    panels += [(draw_faults, faults, 2.4)] if faults else []
-    ratios = [width for *_, width in panels]
-    fig, axes = plt.subplots(
-        1, len(panels), figsize=(4 * sum(ratios), 3.6), squeeze=False, gridspec_kw={"width_ratios": ratios}
-    )
-    for ax, (draw, figures, _) in zip(axes[0], panels, strict=True):
-        draw(ax, figures)
-    fig.tight_layout()
+    fig = plt.figure(figsize=(11, 7), layout="constrained")
+    grid = fig.add_gridspec(2, 5)
+    for columns, name, title in ((slice(0, 2), "", "Zoo"), (slice(2, 4), "_b32", "ViT-B/32")):
+        found = {
+            "": read(folder, f"throughput{name}"),
+            "\nHAProxy": read(folder, f"throughput{name}_haproxy"),
+        }
+        draw_cost(
+            fig.add_subplot(grid[0, columns]), {key: value for key, value in found.items() if value}, title
+        )
+    draw_overhead(fig.add_subplot(grid[0, 4]), read(folder, "throughput")["overhead"])
+    draw_faults(fig.add_subplot(grid[1, :]), read(folder, "faults"))
     fig.savefig(folder / "load.svg", metadata={"Date": None})
 
 

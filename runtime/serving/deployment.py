@@ -53,7 +53,7 @@ class Replica:
             threads=settings.replica_threads(),
             batch_size=settings.batch_size,
         )
-        self._metrics = Metrics(socket.gethostname(), settings.unsure_below)
+        self._metrics = Metrics(socket.gethostname())
         self._thread = ThreadPoolExecutor(1, "model")
         self._busy_since: float | None = None
         self._deployed = version

@@ -28,12 +28,12 @@ class Work:
     """Images of one request, or a part of them.
 
     Attributes:
-        pixel_values: preprocessed. [n, 3, H, W] float32
+        pixel_values: preprocessed, as the bundle takes them. [n, ..]
         tasks: that may answer, None for all.
         top_k: alternatives for each image, at most.
     """
 
-    pixel_values: NDArray[np.float32]
+    pixel_values: NDArray[Any]
     tasks: tuple[str, ...] | None
     top_k: int
 
@@ -69,7 +69,8 @@ class Engine:
         )
         self.tasks = self.classifier.tasks
         for size in {*WARM_UP_SIZES, batch_size}:
-            empty = np.zeros((size, 3, *self.image_size), np.float32)
+            spec = self.classifier.manifest.preprocess
+            empty = np.zeros((size, *spec.input_shape), spec.dtype)
             self.classifier.forward(empty)
         self.classifier.forward(empty[:1], [self.tasks[0]])
 
@@ -117,20 +118,23 @@ class Engine:
 
     def run(self, batch: Sequence[Work]) -> list[list[Prediction]]:
         """Classify a batch whose requests may ask for different tasks; predictions of each, in order."""
-        found: list[list[Prediction]] = [[] for _ in batch]
         groups: dict[tuple[str, ...] | None, list[int]] = {}
         for index, work in enumerate(batch):
             groups.setdefault(work.tasks, []).append(index)
-        for tasks, members in groups.items():
-            parts = [batch[i] for i in members]
-            pixel_values = (
-                np.concatenate([part.pixel_values for part in parts]) if parts[1:] else parts[0].pixel_values
-            )
-            result = self.classifier.forward(pixel_values, tasks)
-            top_k = max(part.top_k for part in parts)
-            named = iter(predictions_from_result(result, self.classifier.manifest.tasks, top_k))
-            for index, part in zip(members, parts, strict=True):
-                found[index] = [_cut(next(named), part.top_k) for _ in range(len(part))]
+        order = [index for members in groups.values() for index in members]
+        parts = [(sum(len(batch[i]) for i in members), tasks) for tasks, members in groups.items()]
+        images = [batch[index].pixel_values for index in order]
+        results = self.classifier.forward_parts(
+            images[0] if len(images) == 1 else np.concatenate(images), parts
+        )
+        known, router = self.classifier.manifest.tasks, self.classifier.router
+        found: list[list[Prediction]] = [[] for _ in batch]
+        for (tasks, members), result in zip(groups.items(), results, strict=True):
+            allowed = None if tasks is None else [self.tasks.index(name) for name in tasks]
+            top_k = max(batch[index].top_k for index in members)
+            named = iter(predictions_from_result(result, known, top_k, allowed=allowed, router=router))
+            for index in members:
+                found[index] = [_cut(next(named), batch[index].top_k) for _ in range(len(batch[index]))]
         return found
 
     def close(self) -> None:

@@ -70,6 +70,8 @@ class Answer(Alternative):
     alternatives: list[Alternative]
     gates: dict[str, float]
     residuals: dict[str, float] | None
+    route_margin: float | None
+    route_confidence: float | None
     unknown: float | None
     is_unknown: bool | None
 

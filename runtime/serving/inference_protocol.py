@@ -1,8 +1,10 @@
 """The Open Inference Protocol, version 2 over REST, with Triton's extension for binary tensors.
 
-Inputs: `image` BYTES [N], the content of image files (in JSON as base64), or `pixel_values` FP32 [N, 3, H, W].
+Inputs: `image` BYTES [N], the content of image files (in JSON as base64), or what the bundle takes: `pixel_values` FP32
+[N, 3, H, W], or of a bundle of bytes `images` UINT8 [N, H, W, 3].
 Outputs: `task`, `label` BYTES [N], `score` FP32 [N], `top_labels` BYTES and `top_scores` FP32 [N, top_k] (padded with
-"" and 0), `gates` and, unless one task was asked for, `residuals` FP32 [N, T], tasks in the order of the metadata.
+"" and 0), `gates` and, unless one task was asked for, `residuals` FP32 [N, T], tasks in the order of the metadata, and
+`route_confidence` FP32 [N]; where the bundle can tell, `unknown` FP32 [N], and with a threshold `is_unknown` BOOL [N].
 Parameters of a request: `tasks` (names, separated by commas) and `top_k`.
 """
 
@@ -35,13 +37,19 @@ OUTPUTS = {
     "top_scores": ("FP32", [-1, -1]),
     "gates": ("FP32", [-1, -1]),
     "residuals": ("FP32", [-1, -1]),
+    "route_confidence": ("FP32", [-1]),
+    "unknown": ("FP32", [-1]),
+    "is_unknown": ("BOOL", [-1]),
 }
+DATATYPES = {"float32": "FP32", "uint8": "UINT8"}
 VERSION = "1"
 
 
 def protocol_routes(service: Service) -> APIRouter:
     """The routes below `/v2`."""
     routes = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+
+    spec = service.engine.classifier.manifest.preprocess
 
     def require(model: str, version: str = VERSION) -> None:
         if model != service.name or version != VERSION:
@@ -77,7 +85,11 @@ def protocol_routes(service: Service) -> APIRouter:
             "platform": "mass-export",
             "inputs": [
                 {"name": "image", "datatype": "BYTES", "shape": [-1]},
-                {"name": "pixel_values", "datatype": "FP32", "shape": [-1, 3, *service.engine.image_size]},
+                {
+                    "name": spec.input_name,
+                    "datatype": DATATYPES[spec.dtype],
+                    "shape": [-1, *spec.input_shape],
+                },
             ],
             "outputs": [
                 {"name": name, "datatype": kind, "shape": shape} for name, (kind, shape) in OUTPUTS.items()
@@ -118,14 +130,16 @@ async def _classified(
             )
         named = [(str(index), content) for index, content in enumerate(images.array.reshape(-1).tolist())]
         return await service.classify(named, tasks, top_k)
-    if set(inputs) == {"pixel_values"}:
-        pixels = inputs["pixel_values"]
-        if pixels.datatype != "FP32":
-            raise RequestProblem(400, f"pixel_values: expected datatype FP32, got {pixels.datatype}.")
+    spec = service.engine.classifier.manifest.preprocess
+    name, datatype = spec.input_name, DATATYPES[spec.dtype]
+    if set(inputs) == {name}:
+        pixels = inputs[name]
+        if pixels.datatype != datatype:
+            raise RequestProblem(400, f"{name}: expected datatype {datatype}, got {pixels.datatype}.")
         if pixels.array.shape[0] > service.limits.max_images:
-            raise RequestProblem(413, f"pixel_values: at most {service.limits.max_images} images a request.")
+            raise RequestProblem(413, f"{name}: at most {service.limits.max_images} images a request.")
         return await service.classify_pixels(pixels.array, tasks, top_k)
-    raise RequestProblem(400, f"inputs: expected either image or pixel_values, got {sorted(inputs)}.")
+    raise RequestProblem(400, f"inputs: expected either image or {name}, got {sorted(inputs)}.")
 
 
 def _outputs(found: Sequence[Prediction], tasks: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -143,4 +157,10 @@ def _outputs(found: Sequence[Prediction], tasks: Sequence[str]) -> dict[str, NDA
     known = [p.residuals for p in found if p.residuals is not None]
     if known:
         outputs["residuals"] = np.array([[row[task] for task in tasks] for row in known], np.float32)
+    if found[0].route_confidence is not None:
+        outputs["route_confidence"] = np.array([p.route_confidence for p in found], np.float32)
+    if found[0].unknown is not None:  # one request's images are all told, or none
+        outputs["unknown"] = np.array([p.unknown for p in found], np.float32)
+    if found[0].is_unknown is not None:
+        outputs["is_unknown"] = np.array([p.is_unknown for p in found], np.bool_)
     return outputs

@@ -1,4 +1,4 @@
-"""Prometheus metrics, also a monitor of drift: routes per task, how unsure they are, and how many are unknown.
+"""Prometheus metrics, also a monitor of drift: routes per task, how unsure they are, and how many images are unknown.
 
 Replicas on one node write to files in one directory (prometheus_client's multi-process mode), so that whichever of
 them is asked tells the figures of all.
@@ -23,17 +23,31 @@ ANY_TASK = "any"
 _LATENCY_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MARGINS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1)
+_CONFIDENCES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+_UNKNOWN = (
+    0.25,
+    0.5,
+    0.75,
+    0.9,
+    1,
+    1.1,
+    1.25,
+    1.5,
+    2,
+    3,
+    5,
+    10,
+)  # about 1 for known images, with a calibration
 
 
 class Metrics:
     """The figures of one replica."""
 
-    def __init__(self, node: str, unsure_below: float, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self, node: str, registry: CollectorRegistry | None = None) -> None:
         """Register them.
 
         Args:
             node: label of every series: whoever is asked, the series of a node stay its own.
-            unsure_below: routes with a smaller margin are counted as unknown.
             registry: None for the process' own.
         """
         from prometheus_client import REGISTRY, Counter, Histogram  # noqa: PLC0415 - reads the environment
@@ -41,7 +55,6 @@ class Metrics:
         registry = registry or REGISTRY
         self._registry = registry
         self._node = node
-        self._unsure_below = unsure_below
 
         def counter(name: str, text: str, *labels: str) -> Any:
             return Counter(f"mass_{name}", text, ["node", *labels], registry=registry)
@@ -52,8 +65,13 @@ class Metrics:
         self._requests = counter("requests", "Requests by route and HTTP status", "route", "status")
         self._asked = counter("asked_images", "Images by the task that was asked for, or any", "task")
         self._routed = counter("routed_images", "Images by the task that answered", "task")
-        self._unknown = counter("unknown_images", "Images whose two best tasks are too close to tell")
+        self._judged = counter("judged_images", "Images with a verdict whether they are of a known task")
+        self._unknown = counter("unknown_images", "Of these, the images of no known task")
+        self._score = histogram(
+            "unknown_score", "How badly the best task explains an image, higher is worse", _UNKNOWN
+        )
         self._margin = histogram("route_margin", "Lead of the best task, 0..1, task unknown", _MARGINS)
+        self._confidence = histogram("route_confidence", "How sure the router is of the task", _CONFIDENCES)
         self._latency = histogram(
             "request_seconds", "From the whole request to its answer", _LATENCY_S, "route"
         )
@@ -71,7 +89,7 @@ class Metrics:
         self._batch_time.labels(self._node).observe(seconds)
 
     def predictions(self, asked: Sequence[str] | None, found: Sequence[Prediction]) -> None:
-        """Count answers; margins only where there was a choice."""
+        """Count answers; margins only where there was a choice, unknown ones only where the bundle can tell."""
         for task in asked or (ANY_TASK,):
             self._asked.labels(self._node, task).inc(len(found))
         for prediction in found:
@@ -79,8 +97,13 @@ class Metrics:
             lead = route_margin(prediction)
             if lead is not None:
                 self._margin.labels(self._node).observe(lead)
-                if lead < self._unsure_below:
-                    self._unknown.labels(self._node).inc()
+            if prediction.route_confidence is not None:
+                self._confidence.labels(self._node).observe(prediction.route_confidence)
+            if prediction.unknown is not None:
+                self._score.labels(self._node).observe(prediction.unknown)
+            if prediction.is_unknown is not None:
+                self._judged.labels(self._node).inc()
+                self._unknown.labels(self._node).inc(int(prediction.is_unknown))
 
     def exposition(self) -> tuple[bytes, str]:
         """All figures of this node as text, and its content type."""

@@ -25,6 +25,11 @@ class RequestProblem(MassRuntimeError):  # noqa: N818 - RFC 9457's word
         self.detail = detail
 
     @property
+    def title(self) -> str:
+        """The status in words."""
+        return HTTPStatus(self.status).phrase
+
+    @property
     def may_retry(self) -> bool:
         """Whether the same request may succeed later."""
         return self.status in (408, 429, 503, 504)
@@ -40,5 +45,4 @@ class RequestProblem(MassRuntimeError):  # noqa: N818 - RFC 9457's word
 
     def body(self) -> bytes:
         """Of the response."""
-        title = HTTPStatus(self.status).phrase
-        return json.dumps({"title": title, "status": self.status, "detail": self.detail}).encode()
+        return json.dumps({"title": self.title, "status": self.status, "detail": self.detail}).encode()

@@ -17,6 +17,7 @@ from runtime.bundle import check_files, read_manifest
 from runtime.errors import BackendError, MassRuntimeError
 from runtime.serving.engine import bundle_digest
 from runtime.serving.gate import KEY_VARIABLE, LIMITS_VARIABLE, limits_to_environment
+from runtime.serving.haproxy import prepare
 from runtime.serving.metrics import DIRECTORY_VARIABLE
 from runtime.serving.settings import MIB, ServeSettings, processors
 
@@ -24,6 +25,11 @@ OBJECT_STORE_BYTES = 200 * MIB  # requests pass through it only when they are la
 APP = "mass"
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 PASSED_ON = (CALLBACK_VARIABLE, LIMITS_VARIABLE, KEY_VARIABLE, DIRECTORY_VARIABLE)
+LEAN = {  # Ray's defaults hand each request from thread to thread and write each log line twice
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
 
 _LOG = logging.getLogger("runtime.serving")
 
@@ -52,6 +58,10 @@ def running(settings: ServeSettings) -> Iterator[None]:
     os.environ[DIRECTORY_VARIABLE] = str(scratch / "metrics")
     os.environ[LIMITS_VARIABLE] = limits_to_environment(settings)
     os.environ[CALLBACK_VARIABLE] = "runtime.serving.gate.proxy_middlewares"
+    for name, value in LEAN.items():
+        os.environ.setdefault(name, value)
+    if settings.haproxy:
+        os.environ |= prepare(scratch / "h", settings)
     try:
         with ray_cluster(settings.address):
             from ray import serve  # noqa: PLC0415 - reads the environment that was set above
@@ -133,7 +143,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             "_node_ip_address": "127.0.0.1",
         }
         if address:  # its processes do not inherit the environment of this one
-            passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+            passed = {name: os.environ[name] for name in (*PASSED_ON, *LEAN) if name in os.environ}
             options = {"address": address, "runtime_env": {"env_vars": passed}}
         ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
     try:

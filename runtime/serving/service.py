@@ -67,15 +67,15 @@ class Service:
         return await self._answer(work)
 
     async def classify_pixels(
-        self, pixel_values: NDArray[np.float32], tasks: Sequence[str], top_k: int
+        self, pixel_values: NDArray[Any], tasks: Sequence[str], top_k: int
     ) -> list[Prediction]:
-        """Classify preprocessed images [n, 3, H, W] float32; see `classify`."""
+        """Classify preprocessed images, of the dtype that the bundle takes [n, ..]; see `classify`."""
 
         async def work() -> Work:
-            wanted = (3, *self.engine.image_size)
+            wanted = self.engine.classifier.manifest.preprocess.input_shape
             if pixel_values.ndim != 4 or pixel_values.shape[1:] != wanted or not len(pixel_values):
                 raise InputError(
-                    f"pixel_values: expected shape [N, {wanted}], got {list(pixel_values.shape)}."
+                    f"pixel_values: expected shape {['N', *wanted]}, got {list(pixel_values.shape)}."
                 )
             if not np.isfinite(pixel_values).all():
                 raise InputError("pixel_values: NaN or infinity.")

@@ -82,10 +82,10 @@ class ServeSettings(Limits):
         None, "Threads of a replica; by default its share of the processors.", metavar="N"
     )
     name: str = option("mass", "The model's name in the Open Inference Protocol.", metavar="NAME")
-    unsure_below: float = option(
-        0.1, "A route with a smaller margin is counted as unknown.", metavar="MARGIN"
-    )
     watch: float | None = option(None, "Look for a new bundle in DIR this often.", metavar="SECONDS")
+    haproxy: bool = option(
+        default=False, text="HAProxy before the replicas: cheaper requests; Linux, one machine."
+    )
     address: str | None = option(None, "Join this Ray cluster instead of starting one.", metavar="ADDRESS")
     log_dir: str | None = option(None, "Write the logs (JSON lines) here.", metavar="DIR")
 
@@ -105,6 +105,10 @@ class ServeSettings(Limits):
             raise InputError(f"name: expected letters, digits and _, got {self.name!r}.")
         if self.autoscale is not None:
             _ = self.replica_range
+        if self.haproxy and self.address is not None:
+            raise InputError(
+                "haproxy: its rules lie on this machine alone; without it a cluster can be joined."
+            )
 
     @property
     def replica_range(self) -> tuple[int, int]:

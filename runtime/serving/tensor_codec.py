@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from runtime.serving.problems import RequestProblem
 
 HEADER_LENGTH = "inference-header-content-length"
-_DTYPES = {"FP32": np.dtype("<f4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
 _MAX_DIMENSIONS = 8
 
 
@@ -104,7 +104,7 @@ def encode_response(
     entries, raw = [], []
     for name, binary in wanted.items():
         array = outputs[name]
-        datatype = "BYTES" if array.dtype == object else "FP32"
+        datatype = {"O": "BYTES", "b": "BOOL"}.get(array.dtype.kind, "FP32")
         entry: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
         if binary:
             data = _raw(array)
@@ -128,7 +128,7 @@ def _decoded(entry: dict[str, Any], body: bytes, offset: int) -> tuple[Tensor, i
     if not isinstance(name, str) or not isinstance(datatype, str) or shape is None or not _is_shape(shape):
         raise RequestProblem(400, f"{where}: expected name, datatype and shape.")
     if datatype != "BYTES" and datatype not in _DTYPES:
-        raise RequestProblem(400, f"{where}: datatype {datatype!r}; BYTES and FP32 are read.")
+        raise RequestProblem(400, f"{where}: datatype {datatype!r}; BYTES, FP32 and UINT8 are read.")
     size = _parameters(entry).get("binary_data_size")
     count = math.prod(shape)
     if size is None:
@@ -144,7 +144,7 @@ def _decoded(entry: dict[str, Any], body: bytes, offset: int) -> tuple[Tensor, i
     dtype = _DTYPES[datatype]
     if size != count * dtype.itemsize:
         raise RequestProblem(400, f"{where}: {size} bytes, shape {shape} needs {count * dtype.itemsize}.")
-    return Tensor(datatype, np.frombuffer(raw, dtype).astype(np.float32).reshape(shape)), end
+    return Tensor(datatype, np.frombuffer(raw, dtype).astype(dtype.newbyteorder("=")).reshape(shape)), end
 
 
 def _from_json(data: Any, datatype: str, shape: list[int], where: str) -> NDArray[Any]:
@@ -156,6 +156,8 @@ def _from_json(data: Any, datatype: str, shape: list[int], where: str) -> NDArra
         if datatype == "BYTES":
             array = np.empty(count, object)
             array[:] = [base64.b64decode(value, validate=True) for value in flat]
+        elif datatype == "UINT8":
+            array = np.frombuffer(bytes(flat), np.uint8)  # takes nothing but integers in 0..255
         else:
             array = np.array(flat, np.float32)
     except (binascii.Error, ValueError, TypeError, OverflowError, RecursionError) as error:
@@ -188,7 +190,7 @@ def _split(raw: bytes, count: int, where: str) -> list[bytes]:
 def _raw(array: NDArray[Any]) -> bytes:
     if array.dtype == object:
         return b"".join(struct.pack("<I", len(value)) + value for value in array.reshape(-1).tolist())
-    return array.astype("<f4").tobytes()
+    return array.tobytes() if array.dtype.kind == "b" else array.astype("<f4").tobytes()
 
 
 def _wanted(head: dict[str, Any], binary: bool) -> dict[str, bool] | None:  # noqa: FBT001

@@ -78,16 +78,21 @@ class Answers(_Routes):
     """From the second pass to names."""
 
     def __call__(
-        self, residuals: NDArray[np.float32], logits: NDArray[np.float32]
+        self,
+        residuals: NDArray[np.float32],
+        logits: NDArray[np.float32],
+        unknown: NDArray[np.float32] | None = None,
     ) -> dict[str, NDArray[Any]]:
         """Name the answers.
 
         Args:
             residuals: of the first pass. [B, T] float32
             logits: of the second. [B, sum C] float32
+            unknown: of the first pass, where it has it. [B, 1] float32
 
         Returns:
-            task [B, 1] and label [B, 1] of bytes, score [B, 1] float32
+            task [B, 1] and label [B, 1] of bytes, score [B, 1] float32; with `unknown` and a threshold of the bundle
+            is_unknown [B, 1] bool
         """
         gates, selection = self.select(residuals)
         tasks = self.manifest.tasks
@@ -97,8 +102,12 @@ class Answers(_Routes):
             residuals, gates, selection.selected, logits, task_index, class_index, verified
         )
         found = predictions_from_result(result, tasks, 1)
-        return {
+        named: dict[str, NDArray[Any]] = {
             "task": np.array([[prediction.task.encode()] for prediction in found], object),
             "label": np.array([[prediction.label.encode()] for prediction in found], object),
             "score": np.array([[prediction.score] for prediction in found], np.float32),
         }
+        threshold = self.manifest.router.unknown_threshold
+        if unknown is not None and threshold is not None:
+            named["is_unknown"] = unknown > threshold
+        return named

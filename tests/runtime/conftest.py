@@ -131,7 +131,7 @@ class _GraphBuilder:
         def info(tensor):
             return helper.make_tensor_value_info(
                 tensor.name,
-                getattr(TensorProto, {"float32": "FLOAT", "int64": "INT64"}[tensor.dtype]),
+                getattr(TensorProto, {"float32": "FLOAT", "int64": "INT64", "uint8": "UINT8"}[tensor.dtype]),
                 tensor.shape,
             )
 
@@ -148,23 +148,42 @@ class _GraphBuilder:
 
 
 PIXEL_VALUES = TensorSpec("pixel_values", "float32", ("B", 3, SIZE, SIZE))
+BYTES = TensorSpec("images", "uint8", ("B", SIZE, SIZE, 3))
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
-def write_first_pass(toy, path):
+def normalised_here(b, images):
+    """Graphs that take bytes make `pixel_values` of them; what they take."""
+    if images == "uint8":
+        shares = b.op("Div", b.op("Cast", "images", to=1), b.constant(np.float32(255)))
+        centred = b.op("Sub", shares, b.constant(np.array(MEAN, np.float32)))
+        scaled = b.op("Div", centred, b.constant(np.array(STD, np.float32)))
+        b.op("Transpose", scaled, perm=[0, 3, 1, 2], out="pixel_values")
+        return BYTES
+    return PIXEL_VALUES
+
+
+def write_first_pass(toy, path, *, with_unknown=False, images="float32"):
+    """With `unknown` it also tells how far even the nearest task is."""
     b = _GraphBuilder()
+    taken = normalised_here(b, images)
     z = b.op("MatMul", b.op("Flatten", "pixel_values"), b.constant(toy.embed))
     difference = b.op("Sub", b.op("Unsqueeze", z, b.integers(1)), b.constant(toy.centres))
     squares = b.op("ReduceSum", b.op("Mul", difference, difference), b.integers(2), keepdims=0)
     b.op("Sqrt", squares, out="residuals")
-    spec = PassSpec(path.name, (PIXEL_VALUES,), (TensorSpec("residuals", "float32", ("B", T)),))
+    outputs = [TensorSpec("residuals", "float32", ("B", T))]
+    if with_unknown:
+        b.op("ReduceMin", "residuals", b.integers(1), keepdims=0, out="unknown")
+        outputs.append(TensorSpec("unknown", "float32", ("B",)))
+    spec = PassSpec(path.name, (taken,), tuple(outputs))
     b.save(path, spec)
     return spec
 
 
-def write_second_pass(toy, path, compose):
+def write_second_pass(toy, path, compose, images="float32"):
     b = _GraphBuilder()
     inputs = [
-        PIXEL_VALUES,
+        normalised_here(b, images),
         TensorSpec("slots", "int64", ("S", "K")),
         TensorSpec("weights", "float32", ("S", "K")),
     ]
@@ -196,15 +215,17 @@ def write_second_pass(toy, path, compose):
     return spec
 
 
-def write_bundle(toy, directory, compose="tsvm", **router):
+def write_bundle(toy, directory, compose="tsvm", images="float32", **router):
     data, stored = b"", []
     for array in (toy.u_t, toy.s, toy.vh):
         stored.append(StoredArray("weights.bin", len(data), "float32", array.shape))
         data += array.astype("<f4").tobytes()
     (directory / "weights.bin").write_bytes(data)
     passes = {
-        FIRST_PASS: write_first_pass(toy, directory / "first_pass.onnx"),
-        SECOND_PASS: write_second_pass(toy, directory / "second_pass.onnx", compose),
+        FIRST_PASS: write_first_pass(
+            toy, directory / "first_pass.onnx", with_unknown="unknown_threshold" in router, images=images
+        ),
+        SECOND_PASS: write_second_pass(toy, directory / "second_pass.onnx", compose, images),
     }
     tasks, start = [], 0
     for name, classes in CLASSES.items():
@@ -219,7 +240,7 @@ def write_bundle(toy, directory, compose="tsvm", **router):
         schema_version=SCHEMA_VERSION,
         producer="tests",
         model={"width": D},
-        preprocess=PreprocessSpec((SIZE, SIZE), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)),
+        preprocess=PreprocessSpec((SIZE, SIZE), MEAN, STD, dtype=images),
         tasks=tuple(tasks),
         router=RouterSpec(**{**settings, **router}),
         compose=compose,

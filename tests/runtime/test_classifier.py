@@ -98,6 +98,43 @@ def test_of_several_given_tasks_only_these_compete(classifier, toy):
     )
 
 
+@pytest.mark.parametrize("batch_size", [32, 4])
+@pytest.mark.parametrize("router", [{}, {"mode": "top1", "verify_margin": 5.0}])
+def test_parts_that_ask_for_different_tasks_get_their_own_answers(toy_bundle, toy, batch_size, router):
+    asked = [None, ["cars"], ["digits", "birds"], ["cars"], None, ["flowers"]]
+    counts = [3, 1, 4, 2, 6, 1]
+    pixel_values = toy.pixel_values(sum(counts))
+    starts = np.cumsum([0, *counts])
+    with Classifier(toy_bundle(**router), provider="cpu", num_threads=1, batch_size=batch_size) as own:
+        found = own.forward_parts(pixel_values, list(zip(counts, asked, strict=True)))
+        for start, count, tasks, result in zip(starts, counts, asked, found, strict=False):
+            assert_equal_results(result, own.forward(pixel_values[start : start + count], tasks))
+        assert any(result.verified.any() for result in found) == bool(router)
+
+
+def test_parts_share_both_passes(classifier, toy, monkeypatch):
+    rows = {}
+    for name in ("_first", "_second"):
+        session = getattr(classifier, name)
+
+        def run(feeds, name=name, real=session.run):
+            rows.setdefault(name, []).append(len(feeds["pixel_values"]))
+            return real(feeds)
+
+        monkeypatch.setattr(session, "run", run)
+    parts = [(1, ["cars"]), (2, ["birds", "cars"]), (2, ["digits"]), (3, ["flowers", "digits"])]
+    classifier.forward_parts(toy.pixel_values(8), parts)
+    assert rows["_first"] == [5]  # three images have their task already
+    assert sum(rows["_second"]) == 8
+    assert len(rows["_second"]) <= 2  # one for each size of a set
+
+
+@pytest.mark.parametrize("parts", [[], [(2, None)], [(4, None), (0, None)], [(4, None), (-1, None)]])
+def test_parts_that_do_not_make_up_the_batch_are_refused(classifier, toy, parts):
+    with pytest.raises(InputError, match="do not make up a batch of 3"):
+        classifier.forward_parts(toy.pixel_values(3), parts)
+
+
 def test_router_settings_can_be_overridden(toy_bundle, toy):
     pixel_values = toy.pixel_values(30)
     with Classifier(toy_bundle(), "cpu", mode="top1") as top1, Classifier(toy_bundle(), "cpu") as plain:

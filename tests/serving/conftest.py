@@ -23,6 +23,8 @@ from runtime.serving.metrics import Metrics
 from runtime.serving.service import Service, run_isolated
 from runtime.serving.settings import Limits
 
+UNKNOWN_THRESHOLD = 3.15  # some of the random images are above, some below
+
 
 def _toys():
     """The toy bundles of the runtime's tests."""
@@ -36,11 +38,17 @@ def _toys():
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory) -> Path:
+def toy_module():
+    return _toys()
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory, toy_module) -> Path:
+    """One that tells unknown images, as a calibrated one does."""
     pytest.importorskip("onnx")
-    toys = _toys()
+    toys = toy_module
     directory = tmp_path_factory.mktemp("bundle")
-    toys.write_bundle(toys.Toy.random(), directory, "tsvm", max_tasks=2)
+    toys.write_bundle(toys.Toy.random(), directory, "tsvm", max_tasks=2, unknown_threshold=UNKNOWN_THRESHOLD)
     return directory
 
 
@@ -60,7 +68,7 @@ def service(engine):
         return found
 
     limits = Limits(max_body_mib=0.5, max_pixels=10_000, max_images=6, deadline=20, body_timeout=2)
-    return Service("mass", engine, Metrics("here", 0.1, CollectorRegistry()), limits, run, 4)
+    return Service("mass", engine, Metrics("here", CollectorRegistry()), limits, run, 4)
 
 
 @pytest.fixture

