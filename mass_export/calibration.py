@@ -104,7 +104,9 @@ def calibrate_pool(
     learn = pseudo_labels and not synthetic
     known = None if synthetic else _deepest(artifact)
     taps = (Tap(default_routing_layer(artifact.info.vision.layers), "mlp"),) if learn else ()
-    scaled = () if artifact.info.router.evidence else artifact.info.taps()  # evidence has a scale of its own
+    # Evidence has a scale of its own, and shares of the feature's length are on one scale already.
+    relative = artifact.info.router.standardize == "length" and not synthetic
+    scaled = () if artifact.info.router.evidence or relative else artifact.info.taps()
     read = {*taps, *scaled} if known is None else {*taps, *scaled, known}
     features = tap_features(artifact, pixel_values, sorted(read), progress)
     if scaled:
