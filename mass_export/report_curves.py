@@ -53,9 +53,9 @@ def curves_section(suites: Iterable[Suite], made_by: str) -> str:
             chart = line_chart(
                 series, "rank of the task vectors, as a share of each matrix' full rank", ticks
             )
-            figures.append(
-                figure(chart, f"{title}, default: share of the fine-tuned models' accuracy, by rank.")
-            )
+            images = f"{curves['images_per_task']} test images a task"
+            caption = f"{title}, default: share of the fine-tuned models' accuracy by rank, on {images}."
+            figures.append(figure(chart, caption))
         if rows := curves.get("tasks"):
             names = [name for name in rows[0] if name != "tasks"]
             chart = line_chart(

@@ -25,7 +25,7 @@ from mass_export.progress import Progress
 from mass_export.recipe import Recipe, load_recipe
 from mass_export.router_spec import PAPER_ROUTER, RouterSettings
 from mass_export.spec import TaskInfo
-from mass_export.suite_curves import accuracy_by_rank, accuracy_by_tasks, residuals_by_block
+from mass_export.suite_curves import SAMPLED_PER_TASK, accuracy_by_rank, accuracy_by_tasks, residuals_by_block
 from mass_export.verify import verify_bundle
 from runtime.classifier import Classifier
 
@@ -188,6 +188,7 @@ def _curves(
         "ranks": accuracy_by_rank(recipe, data, split, finetuned, progress) if "default" in report else [],
         "tasks": accuracy_by_tasks(recipe, data, split, finetuned, builds, progress),
         "residuals": blocks,
+        "images_per_task": SAMPLED_PER_TASK,
     }
 
 

@@ -78,6 +78,7 @@ def report():
                 {"rank_ratio": 1 / 16, "joint": 0.5, "known": 0.7},
                 {"rank_ratio": 1 / 8, "joint": 0.6, "known": 0.8},
             ],
+            "images_per_task": 60,
             "tasks": [{"tasks": 1, "paper": 0.9}, {"tasks": 2, "paper": 0.8}],
             "residuals": {"lead": [[-0.5, 1.0], [0.7, 1.4]], "routed": [[0.25, 0.5], [0.75, 1.0]]},
         },

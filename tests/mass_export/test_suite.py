@@ -39,7 +39,7 @@ def test_a_suite_holds_every_configuration_s_figures_and_survives_json(suite, tm
         assert report[name]["times"]["latency_ms"]["32"]["unknown"] > 0
         assert len(report[name]["examples"]) == 24
     curves = report["curves"]
-    assert [row["rank_ratio"] for row in curves["ranks"]] == [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    assert [row["rank_ratio"] for row in curves["ranks"]] == [1 / 16, 1 / 8, 1 / 4, 1 / 2]
     assert [sorted(row) for row in curves["tasks"]] == [["default", "paper", "tasks"]]  # two of the three
     assert curves["tasks"][0]["tasks"] == 2
     for kind, low, high in (("lead", -3, 3), ("routed", 0, 1)):
