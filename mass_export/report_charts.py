@@ -88,7 +88,7 @@ def line_chart(
         limit: of the vertical axis, which begins at zero; without it values are shares and it ends at 100%.
         unit: of the vertical axis, with a limit.
     """
-    left, top, width, height = 52, 12, 392, 180
+    left, top, width, height = 64, 12, 380, 180
     count = max(len(values) for values in series.values())
     ticks = [str(i) for i in range(count)] if ticks is None else ticks
     step = width / max(count - 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from html import escape
@@ -34,7 +35,8 @@ def residuals_section(suites: Iterable[Suite], made_by: str) -> str:
         return ""
     note = (
         "<p>The router measures what of an image's feature each task's subspace leaves over. Here for the base model's "
-        "CLS token at the mlp input of every block, block by block; the default router averages all of them.</p>"
+        "CLS token at the mlp input of every block; the default router averages those of the last three "
+        "quarters.</p>"
     )
     return f"{note}<div class=pair>{''.join(figures)}</div>{command(made_by)}"
 
@@ -63,7 +65,7 @@ def curves_section(suites: Iterable[Suite], made_by: str) -> str:
                 "tasks, the first of the recipe",
                 [str(row["tasks"]) for row in rows],
             )
-            figures.append(figure(chart, f"{title}: the same by number of tasks in the model."))
+            figures.append(figure(chart, f"{title}: the same by number of tasks; the paper's layer stays."))
     return f"<div class=pair>{''.join(figures)}</div>{command(made_by)}" if figures else ""
 
 
@@ -75,7 +77,9 @@ def latency_charts(entries: Iterable[tuple[str, str, Mapping[str, Any]]]) -> str
         series = {
             f"task {known}": [by_batch[batch][known] for batch in by_batch] for known in ("unknown", "given")
         }
-        limit = 1.1 * max(max(values) for values in series.values())
+        largest = max(max(values) for values in series.values())
+        step = 10 ** math.floor(math.log10(largest)) / 2
+        limit = step * math.ceil(largest / step)
         chart = line_chart(series, "images in a batch", list(by_batch), limit, " ms")
         figures.append(figure(chart, f"{title}, {escape(name)}: milliseconds for an image."))
     return f"<div class=pair>{''.join(figures)}</div>"

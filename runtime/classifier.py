@@ -319,7 +319,8 @@ class Classifier:
         if not all(asked):
             kept = [range(part.start, part.stop) for part, ask in zip(rows, asked, strict=True) if ask]
             pixel_values = pixel_values[[row for part in kept for row in part]]
-        found = {name: values.astype(np.float32) for name, values in self._first_pass(pixel_values).items()}
+        given = self._first_pass(pixel_values)
+        found = {name: given[name].astype(np.float32) for name in ("residuals", "unknown") if name in given}
         for name, values in found.items():
             _require_finite(name, values)
         counts = [part.stop - part.start if ask else 0 for part, ask in zip(rows, asked, strict=True)]

@@ -13,6 +13,7 @@ from mass_export.report_files import read_report, write_json, write_text
 from mass_export.tables import summary_table
 
 BLOCK = re.compile(r"(?<=<!-- results:begin -->\n).*?(?=<!-- results:end -->)", re.DOTALL)
+UNSTABLE = ("baselines_time_s", "curves", "curves_time_s")
 LARGE = ("examples", "commands", "times")  # images, and what differs from run to run
 
 
@@ -20,7 +21,7 @@ def results_from_report(report: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a report without images, commands and times."""
     results = {"suites": report["suites"], "machine": report["machine"]}
     for name in report["suites"]:
-        suite = {key: value for key, value in report[name].items() if key != "baselines_time_s"}
+        suite = {key: value for key, value in report[name].items() if key not in UNSTABLE}
         for configuration in suite["configurations"]:
             scores = suite[configuration]
             suite[configuration] = {key: value for key, value in scores.items() if key not in LARGE}

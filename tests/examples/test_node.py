@@ -121,8 +121,7 @@ def zoo_images(tasks):
 def python_answers(classifier, pixel_values) -> tuple[ForwardResult, list]:
     starts = range(0, len(pixel_values), BATCH)
     result = joined([classifier.forward(pixel_values[start : start + BATCH]) for start in starts])
-    threshold = classifier.router.unknown_threshold
-    return result, predictions_from_result(result, classifier.manifest.tasks, 5, threshold)
+    return result, predictions_from_result(result, classifier.manifest.tasks, 5, router=classifier.router)
 
 
 def test_node_answers_as_python_does_on_images_of_every_task(bundle, tmp_path):
