@@ -417,7 +417,7 @@ def draw_costs(results: dict[str, Any], out: Path) -> None:
                     label,
                     (row["cost"], row["test_joint"]),
                     textcoords="offset points",
-                    xytext=(5, -9),
+                    xytext=(6, 3 if label == "pool" else -10),
                     fontsize=8,
                 )
         panel.set(title=name, xlabel="cost, plain passes", ylabel="joint accuracy / fine-tuned")
