@@ -16,12 +16,14 @@ from runtime.bundle import PreprocessSpec
 
 FORMAT = "mass-artifact"
 SCHEMA_VERSION = 1
+BUNDLE_ALONE = ("dtype",)  # what only a bundle's preprocessing says: what its graphs take
 
 
 def metadata_from_info(info: ArtifactInfo) -> dict[str, str]:
     """The header's metadata: format, schema version and the settings as JSON."""
     header = dataclasses.asdict(info)
-    del header["preprocess"]["dtype"]  # of a bundle's graphs
+    for name in BUNDLE_ALONE:
+        del header["preprocess"][name]
     text = json.dumps(header, ensure_ascii=False, allow_nan=False)
     return {"format": FORMAT, "schema_version": str(SCHEMA_VERSION), "info": text}
 
@@ -92,8 +94,7 @@ def _vision(data: object) -> VisionSpec:
 
 
 def _preprocess(data: object) -> PreprocessSpec:
-    fields = _fields(data, PreprocessSpec, "preprocess", optional=("dtype",))
-    require("dtype" not in fields, "preprocess: unknown key(s) dtype.")
+    fields = _fields(data, PreprocessSpec, "preprocess", without=BUNDLE_ALONE)
     size = _list(fields.pop("image_size"), "preprocess.image_size")
     require(
         len(size) == 2 and all(is_int(n) and n >= 1 for n in size), f"preprocess.image_size: got {size!r}."
@@ -101,8 +102,10 @@ def _preprocess(data: object) -> PreprocessSpec:
     return preprocess_spec_from_config(fields, (size[0], size[1]), "preprocess")
 
 
-def _fields(data: object, kind: type, key: str, optional: Collection[str] = ()) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(kind)]
+def _fields(
+    data: object, kind: type, key: str, optional: Collection[str] = (), without: Collection[str] = ()
+) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in without]
     mapping = checked_mapping(data, names, key)
     missing = [name for name in names if name not in mapping and name not in optional]
     require(not missing, f"{key}: missing key(s) {', '.join(missing)}.")

@@ -23,13 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mass_export.bench_plain import write_plain_pass
-from mass_export.bench_start import bench_start
+from mass_export.bench_start import bench_start, random_images
 from mass_export.errors import DataError
 from mass_export.image_input import normalised
 from mass_export.machine import describe_machine
 from mass_export.progress import Progress
 from mass_export.tables import Table
-from runtime.bundle import Manifest
 from runtime.classifier import Classifier
 from runtime.onnx_session import OnnxSession
 from runtime.second_pass import TaskSet
@@ -133,14 +132,6 @@ def bench_bundle(
                 calls |= {name: partial(make, pixel_values) for name, make in things.items()}
                 rows += _rows(calls, classifier, batch, threads, settings)
     return {"machine": describe_machine(), "start": started, "rows": [asdict(row) for row in rows]}
-
-
-def random_images(manifest: Manifest, count: int, seed: int) -> NDArray[Any]:
-    """Noise as the bundle takes it; times do not depend on what is seen. [count, ..]"""
-    rng = np.random.default_rng(seed)
-    if manifest.preprocess.dtype == "uint8":
-        return rng.integers(0, 256, (count, *manifest.preprocess.input_shape), np.uint8)
-    return rng.standard_normal((count, 3, *manifest.preprocess.image_size), dtype=np.float32)
 
 
 def bundle_calls(classifier: Classifier, images: NDArray[Any]) -> dict[str, Call]:

@@ -188,6 +188,7 @@ def evaluate_bundle(
     split: str = DEFAULT_SPLIT,
     finetuned: Mapping[str, float] | None = None,
     provider: Provider = "auto",
+    images_per_task: int | None = None,
     progress: Progress,
 ) -> Evaluation:
     """Classify every labelled image with the task unknown, and again with the task given.
@@ -198,6 +199,7 @@ def evaluate_bundle(
         split: such as `test` or `val`.
         finetuned: accuracy of each task's own model on the same images, to normalise by.
         provider: of the runtime.
+        images_per_task: at most so many images of each task, a fixed random sample; None for all.
         progress: where to show it.
 
     Raises:
@@ -207,10 +209,11 @@ def evaluate_bundle(
     with Classifier(bundle, provider=provider) as classifier:
         tasks = [TaskInfo(task.name, task.classes) for task in classifier.manifest.tasks]
         spec = classifier.manifest.preprocess
-        answers = [
-            classify(classifier, task.name, load_labelled_images(data, task, split), spec)
-            for task in progress.track(tasks, f"Classifying {split} images")
-        ]
+        answers = []
+        for task in progress.track(tasks, f"Classifying {split} images"):
+            images = load_labelled_images(data, task, split)
+            chosen = images if images_per_task is None else images.sample(images_per_task)
+            answers.append(classify(classifier, task.name, chosen, spec))
     return evaluation_from_answers([task.name for task in tasks], answers, split, finetuned)
 
 

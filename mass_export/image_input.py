@@ -7,7 +7,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mass_export.graph import Graph
-from runtime.bundle import BYTES_INPUT, FLOAT_INPUT, PreprocessSpec
+from runtime.bundle import PreprocessSpec
+from runtime.preprocess import normalized
 
 
 def add_image_input(graph: Graph, spec: PreprocessSpec) -> ir.Value:
@@ -17,8 +18,8 @@ def add_image_input(graph: Graph, spec: PreprocessSpec) -> ir.Value:
     order of `runtime.preprocess`, so that both give the same bits.
     """
     if spec.dtype == "float32":
-        return graph.input(FLOAT_INPUT, ir.DataType.FLOAT, ["B", 3, *spec.image_size])
-    images = graph.input(BYTES_INPUT, ir.DataType.UINT8, ["B", *spec.image_size, 3])
+        return graph.input(spec.input_name, ir.DataType.FLOAT, ["B", *spec.input_shape])
+    images = graph.input(spec.input_name, ir.DataType.UINT8, ["B", *spec.input_shape])
     x = graph.op("Div", graph.op("Cast", images, to=int(ir.DataType.FLOAT)), graph.scalar(255))
     mean, std = (graph.constant(np.array(values, np.float32)) for values in (spec.mean, spec.std))
     x = graph.op("Div", graph.op("Sub", x, mean), std)
@@ -27,9 +28,7 @@ def add_image_input(graph: Graph, spec: PreprocessSpec) -> ir.Value:
 
 def normalised(images: NDArray[np.uint8], spec: PreprocessSpec) -> NDArray[np.float32]:
     """What the graph makes of bytes: [B, H, W, 3] -> [B, 3, H, W]."""
-    mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
-    pixels: NDArray[np.float32] = (images.astype(np.float32) / np.float32(255) - mean) / std
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+    return np.ascontiguousarray(normalized(images, spec))
 
 
 def nearest_bytes(pixel_values: NDArray[np.float32], spec: PreprocessSpec) -> NDArray[np.uint8]:

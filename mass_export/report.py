@@ -290,12 +290,11 @@ def _times(report: Mapping[str, Any]) -> str:
         for title, name, scores, _ in _entries(report)
         for times in [scores["times"]]
     ]
-    shown = [(title, name, scores) for title, name, scores, _ in _entries(report) if name == "default"]
     return (
         "<p>Classifying runs every test image twice, with the task unknown and given. Latencies are float32 on the CPU "
         f"without preprocessing, {escape(str(report['machine']['processors']))} processors, best of three runs over "
         f"128 images; the whole demo took {report['total_time_s']:.0f} s.</p>"
-        f"{table(Table('Times', columns, tuple(rows)))}{latency_charts(shown)}{command(report['command'])}"
+        f"{table(Table('Times', columns, tuple(rows)))}{latency_charts(_suites(report))}{command(report['command'])}"
     )
 
 

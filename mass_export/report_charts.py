@@ -26,28 +26,16 @@ def heat_map(names: Sequence[str], counts: Sequence[Sequence[int]], rows: str, c
     edge = size * len(names)
     label = f"{escape(rows)} against {escape(columns)}"
     parts = [f'<svg viewBox="0 0 {left + edge + 26} {top + edge + 22}" role="img" aria-label="{label}">']
-    for i, name in enumerate(names):
-        middle = i * size + size / 2
-        parts.append(f'<text x="{left - 8}" y="{top + middle + 4}" text-anchor="end">{escape(name)}</text>')
-        parts.append(
-            f'<text transform="translate({left + middle + 4} {top - 8}) rotate(-50)">{escape(name)}</text>'
-        )
+    parts += _column_names(names, left, top, size)
     for i, row in enumerate(counts):
-        total = sum(row) or 1
+        total, y = sum(row) or 1, top + i * size
+        parts.append(_row_name(names[i], left, y, size))
         for j, count in enumerate(row):
-            share, x, y = count / total, left + j * size, top + i * size
+            share = count / total
             title = f"{names[i]} answered by {names[j]}: {count} of {total}"
-            parts.append(
-                f'<g><title>{escape(title)}</title><rect class="cell" x="{x + 1}" y="{y + 1}" width="{size - 2}" '
-                f'height="{size - 2}" rx="4" fill-opacity="{0.05 + 0.95 * share:.3f}"/>'
-            )
-            if count:
-                style = ' class="strong"' if share >= STRONG_SHARE else ""
-                text = f"{100 * share:.0f}" if share >= 0.005 else "&lt;1"
-                parts.append(
-                    f'<text{style} x="{x + size / 2}" y="{y + size / 2 + 4}" text-anchor="middle">{text}</text>'
-                )
-            parts.append("</g>")
+            text = f"{100 * share:.0f}" if share >= 0.005 else "<1"
+            cell = _cell(left + j * size, y, size, size, share, text if count else "")
+            parts.append(f"<g><title>{escape(title)}</title>{cell}</g>")
     parts.append(
         f'<text class="soft" x="0" y="{top + edge + 17}">rows: {escape(rows)}; columns: {escape(columns)}; '
         "per cent of the row</text></svg>"
@@ -136,21 +124,35 @@ def strength_map(
     span = (high - low) or 1.0
     box = f"0 0 {left + width * len(columns) + 26} {top + edge + 22}"
     parts = [f'<svg viewBox="{box}" role="img" aria-label="by {escape(rows)} and task">']
-    for j, name in enumerate(columns):
-        x = left + j * width + width / 2 + 4
-        parts.append(f'<text transform="translate({x} {top - 8}) rotate(-50)">{escape(name)}</text>')
+    parts += _column_names(columns, left, top, width)
     for i, row in enumerate(values):
         y = top + (len(values) - 1 - i) * height
-        parts.append(
-            f'<text x="{left - 8}" y="{y + height / 2 + 4}" text-anchor="end">{escape(rows)} {i}</text>'
-        )
+        parts.append(_row_name(f"{rows} {i}", left, y, height))
         for j, value in enumerate(row):
-            share, x = (value - low) / span, left + j * width
-            style = ' class="strong"' if share >= STRONG_SHARE else ""
-            parts.append(
-                f'<rect class="cell" x="{x + 1}" y="{y + 1}" width="{width - 2}" height="{height - 2}" rx="4" '
-                f'fill-opacity="{0.05 + 0.95 * share:.3f}"/>'
-                f'<text{style} x="{x + width / 2}" y="{y + height / 2 + 4}" text-anchor="middle">'
-                f"{escape(texts[i][j])}</text>"
-            )
+            parts.append(_cell(left + j * width, y, width, height, (value - low) / span, texts[i][j]))
     return "".join(parts) + "</svg>"
+
+
+def _column_names(names: Sequence[str], left: int, top: int, width: int) -> list[str]:
+    places = [left + (j + 0.5) * width + 4 for j in range(len(names))]
+    return [
+        f'<text transform="translate({x} {top - 8}) rotate(-50)">{escape(name)}</text>'
+        for x, name in zip(places, names, strict=True)
+    ]
+
+
+def _row_name(name: str, left: int, y: int, height: int) -> str:
+    return f'<text x="{left - 8}" y="{y + height / 2 + 4}" text-anchor="end">{escape(name)}</text>'
+
+
+def _cell(x: int, y: int, width: int, height: int, share: float, text: str) -> str:
+    """A rectangle as strong as its share, 0..1, with a text on it or none."""
+    cell = (
+        f'<rect class="cell" x="{x + 1}" y="{y + 1}" width="{width - 2}" height="{height - 2}" rx="4" '
+        f'fill-opacity="{0.05 + 0.95 * share:.3f}"/>'
+    )
+    if not text:
+        return cell
+    style = ' class="strong"' if share >= STRONG_SHARE else ""
+    place = f'x="{x + width / 2}" y="{y + height / 2 + 4}" text-anchor="middle"'
+    return f"{cell}<text{style} {place}>{escape(text)}</text>"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from html import escape
 from typing import Any
 
 from mass_export.report_charts import line_chart, strength_map
@@ -69,17 +68,20 @@ def curves_section(suites: Iterable[Suite], made_by: str) -> str:
     return f"<div class=pair>{''.join(figures)}</div>{command(made_by)}" if figures else ""
 
 
-def latency_charts(entries: Iterable[tuple[str, str, Mapping[str, Any]]]) -> str:
-    """Milliseconds an image by batch: a chart for every (title, configuration, scores)."""
+def latency_charts(suites: Iterable[Suite]) -> str:
+    """Milliseconds an image by batch: a chart for every suite that has them."""
     figures = []
-    for title, name, scores in entries:
-        by_batch = scores["times"]["latency_ms"]
+    for title, suite in suites:
+        by_batch = suite.get("curves", {}).get("latency_ms")
+        if not by_batch:
+            continue
         series = {
-            f"task {known}": [by_batch[batch][known] for batch in by_batch] for known in ("unknown", "given")
+            f"task {known}": [row[known] for row in by_batch.values()] for known in ("unknown", "given")
         }
         largest = max(max(values) for values in series.values())
         step = 10 ** math.floor(math.log10(largest)) / 2
-        limit = step * math.ceil(largest / step)
-        chart = line_chart(series, "images in a batch", list(by_batch), limit, " ms")
-        figures.append(figure(chart, f"{title}, {escape(name)}: milliseconds for an image."))
+        chart = line_chart(
+            series, "images in a batch", list(by_batch), step * math.ceil(largest / step), " ms"
+        )
+        figures.append(figure(chart, f"{title}, default: milliseconds for an image."))
     return f"<div class=pair>{''.join(figures)}</div>"

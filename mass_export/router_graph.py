@@ -13,7 +13,7 @@ from mass_export.artifact import Artifact
 from mass_export.graph import Graph
 from mass_export.head_evidence import evidence_scales
 from mass_export.router_spec import Norm, Tap
-from mass_export.routing import COVARIANCE_RIDGE, RELATIVE_SCALE, UNKNOWN_RESIDUAL_WEIGHT
+from mass_export.routing import COVARIANCE_RIDGE, LEAST_LENGTH, RELATIVE_SCALE, UNKNOWN_RESIDUAL_WEIGHT
 from mass_export.second_pass import add_heads
 from mass_export.vit_graph import Layers, cls_row, pool
 from runtime.routing import STD_EPSILON
@@ -148,7 +148,7 @@ def _length(graph: Graph, z: ir.Value, norm: Norm, keepdims: int) -> ir.Value:
     length = graph.op("ReduceL1" if norm == "l1" else "ReduceL2", z, graph.integers(-1), keepdims=keepdims)
     if norm == "mahalanobis":
         length = graph.op("Div", length, graph.scalar(COVARIANCE_RIDGE**0.5))
-    return graph.op("Max", length, graph.scalar(1e-12))
+    return graph.op("Max", length, graph.scalar(LEAST_LENGTH))
 
 
 def _whitened_distance(graph: Graph, z: ir.Value, whiten: Tensor, centres: Tensor, name: str) -> ir.Value:

@@ -20,6 +20,7 @@ COVARIANCE_RIDGE = 1e-3
 UNKNOWN_RESIDUAL_WEIGHT = 20.0
 # The same for the mean over the taps in the router's score: chosen on validation images of the zoo, flat from 40 to 80.
 RELATIVE_SCALE = 60.0
+LEAST_LENGTH = 1e-12
 
 
 def routing_feature(tokens: Tensor, token: Token) -> Tensor:
@@ -90,7 +91,7 @@ def combine_taps(
 def feature_length(z: Tensor, norm: Norm) -> Tensor:
     """The residual of a task without a subspace: [B, D] -> [B], > 0."""
     nothing = torch.zeros(1, z.shape[1], dtype=z.dtype)
-    return projection_residuals(z, [nothing], norm)[:, 0].clamp_min(1e-12)
+    return projection_residuals(z, [nothing], norm)[:, 0].clamp_min(LEAST_LENGTH)
 
 
 def unknown_score(z: Tensor, residuals: Tensor, norm: Norm, evidence: Tensor | None) -> Tensor:

@@ -35,7 +35,8 @@ WIDER = 2.0  # where routes are as good as with images of every task, the tasks'
 VERIFIED_IMAGES = 512
 TIMED_IMAGES = 128
 TIMED_REPEATS = 3
-TIMED_BATCHES = (1, 2, 4, 8, 16, 32)
+TIMED_BATCHES = (1, 32)
+CURVE_BATCHES = (1, 2, 4, 8, 16, 32)  # of the default alone
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _curves(
 ) -> dict[str, Any]:
     """What the configurations that were run do at other ranks and with fewer tasks; the paper's layer stays."""
     builds: dict[str, Callable[[Recipe], Artifact]] = {}
-    blocks = {}
+    blocks, latency = {}, {}
     if "paper" in report:
         router = RouterSettings(**report["paper"]["settings"]["router"])
         builds["paper"] = lambda r: merge(dataclasses.replace(tsvm_recipe(r), router=router), progress)
@@ -184,10 +185,13 @@ def _curves(
         artifact = read_artifact(out / "default.safetensors")
         if artifact.info.router.site != "both":
             blocks = residuals_by_block(recipe, artifact, data, split, progress)
+        images = real_images(recipe, data, split, TIMED_IMAGES)
+        latency = latency_ms(out / "default", images, recipe.tasks[0].name, CURVE_BATCHES)
     return {
         "ranks": accuracy_by_rank(recipe, data, split, finetuned, progress) if "default" in report else [],
         "tasks": accuracy_by_tasks(recipe, data, split, finetuned, builds, progress),
         "residuals": blocks,
+        "latency_ms": latency,
         "images_per_task": SAMPLED_PER_TASK,
     }
 
@@ -270,11 +274,13 @@ def sizes(artifact: Artifact, artifact_path: Path, bundle: Path) -> dict[str, in
     }
 
 
-def latency_ms(bundle: Path, pixel_values: NDArray[np.float32], task: str) -> dict[str, dict[str, float]]:
+def latency_ms(
+    bundle: Path, pixel_values: NDArray[np.float32], task: str, batches: Sequence[int] = TIMED_BATCHES
+) -> dict[str, dict[str, float]]:
     """Milliseconds per image on the CPU, by batch size, with the task unknown and given; best of three runs."""
     latencies: dict[str, dict[str, float]] = {}
     with Classifier(bundle, provider="cpu") as classifier:
-        for batch in TIMED_BATCHES:
+        for batch in batches:
             runs = {"unknown": None, "given": [task]}
             latencies[str(batch)] = {
                 known: min(_seconds(classifier, pixel_values, batch, tasks) for _ in range(TIMED_REPEATS))

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mass_export.artifact import Artifact, write_artifact
 from mass_export.datasets import load_labelled_images
-from mass_export.evaluation import classify, evaluation_from_answers
+from mass_export.evaluation import evaluate_bundle
 from mass_export.layer_choice import bases_by_layer, residuals_by_layer
 from mass_export.merge import merge
 from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import Recipe
+from mass_export.routing import standardize_over_tasks
 from mass_export.spec import TaskInfo
-from runtime.classifier import Classifier
 
 RANK_RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 TASK_COUNTS = (2, 4, 8, 10)
@@ -87,19 +88,10 @@ def shares(
         file, bundle = Path(scratch) / "merged.safetensors", Path(scratch) / "bundle"
         write_artifact(file, artifact)
         export_bundle(artifact, file, bundle, verify=False, progress=progress)
-        tasks = artifact.info.tasks
-        with Classifier(bundle, "cpu") as classifier:
-            answers = [
-                classify(
-                    classifier,
-                    task.name,
-                    load_labelled_images(data, task, split).sample(SAMPLED_PER_TASK),
-                    artifact.info.preprocess,
-                )
-                for task in progress.track(tasks, f"Classifying {split} images")
-            ]
-    own = {task.name: finetuned[task.name] for task in tasks}
-    found = evaluation_from_answers([task.name for task in tasks], answers, split, own)
+        own = {task.name: finetuned[task.name] for task in artifact.info.tasks}
+        found = evaluate_bundle(
+            bundle, data, split=split, finetuned=own, images_per_task=SAMPLED_PER_TASK, progress=progress
+        )
     return {
         "joint": found.normalized_joint_accuracy or 0.0,
         "known": found.normalized_known_task_accuracy or 0.0,
@@ -127,8 +119,7 @@ def residuals_by_block(
     pixel_values = np.concatenate([part.pixel_values(recipe.preprocess) for part in images])
     truth = np.repeat(np.arange(len(infos)), [len(part) for part in images])
     residuals = residuals_by_layer(artifact, bases_by_layer(recipe, artifact), pixel_values, progress)
-    spread = np.maximum(residuals.std(axis=2, ddof=1, keepdims=True), 1e-6)
-    scores = (residuals - residuals.mean(axis=2, keepdims=True)) / spread  # [L, n, T]
+    scores = standardize_over_tasks(torch.from_numpy(residuals)).numpy()  # [L, n, T]
     own = scores[:, np.arange(len(truth)), truth]
     best = residuals.argmin(axis=2) == truth
     return {

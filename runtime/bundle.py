@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
@@ -310,22 +310,24 @@ def manifest_from_json(text: str, where: str = MANIFEST_FILE) -> Manifest:
 
 def router_fault(router: RouterSpec) -> str | None:
     """Say what is wrong with the settings' values; None if nothing is."""
-    fault = None
+    return next(_router_faults(router), None)
+
+
+def _router_faults(router: RouterSpec) -> Iterator[str]:
     if not 0 <= router.threshold < 1:
-        fault = f"threshold must lie in [0, 1), got {router.threshold}"
-    elif router.max_tasks < 1:
-        fault = f"max_tasks must be >= 1, got {router.max_tasks}"
-    elif not 0 <= router.verify_budget <= 1:
-        fault = f"verify_budget must lie in [0, 1], got {router.verify_budget}"
+        yield f"threshold must lie in [0, 1), got {router.threshold}"
     for name in ("temperature", "confidence_scale"):
         value = getattr(router, name)
         if not (value > 0 and math.isfinite(value)):
-            fault = f"{name} must be finite and > 0, got {value}"
+            yield f"{name} must be finite and > 0, got {value}"
+    if router.max_tasks < 1:
+        yield f"max_tasks must be >= 1, got {router.max_tasks}"
     for name, least in {"verify_margin": 0.0, "verify_prior": 0.0, "unknown_threshold": -math.inf}.items():
         value = getattr(router, name)
         if value is not None and not (value >= least and math.isfinite(value)):
-            fault = f"{name} must be finite{' and >= 0' if least == 0 else ''}, got {value}"
-    return fault
+            yield f"{name} must be finite{' and >= 0' if least == 0 else ''}, got {value}"
+    if not 0 <= router.verify_budget <= 1:
+        yield f"verify_budget must lie in [0, 1], got {router.verify_budget}"
 
 
 def _check_consistency(manifest: Manifest, where: str) -> None:

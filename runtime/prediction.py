@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle import RouterSpec, TaskSpec
+from runtime.routing import softmax
+from runtime.verification import two_best
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +130,7 @@ def predictions_from_result(
     for row, task_index in enumerate(result.task_index.tolist()):
         task = tasks[task_index]
         logits = result.logits[row, task.start : task.stop].astype(np.float64)
-        scores = _softmax(logits)
+        scores = softmax(logits)
         best = np.argsort(-logits, kind="stable")[:top_k]
         alternatives = tuple((task.name, task.classes[i], float(scores[i])) for i in best)
         residuals = None
@@ -167,11 +169,4 @@ def route_shares(
     if residuals is None or len(columns) < 2:
         return None, None
     chosen = residuals[:, columns].astype(np.float64)
-    best = np.partition(chosen, 1, axis=1)
-    return best[:, 1] - best[:, 0], _softmax(-scale * chosen)
-
-
-def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    exponentials = np.exp(values - values.max(axis=-1, keepdims=True))
-    shares: NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    return shares
+    return two_best(chosen)[1], softmax(-scale * chosen)

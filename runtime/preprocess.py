@@ -142,7 +142,7 @@ def pixel_values_from_images(
         image = load_image(source, where)
         try:
             rgb = _rgb(_fitted(image, spec))
-            pixel_values[row] = rgb if spec.dtype == "uint8" else _normalized(rgb, spec)
+            pixel_values[row] = rgb if spec.dtype == "uint8" else normalized(rgb, spec)
         except (ValueError, OSError, MemoryError) as error:
             raise InputError(
                 f"{where}: this {image.size[0]} x {image.size[1]} image of mode {image.mode} cannot be "
@@ -207,9 +207,8 @@ def _rgb(image: Image) -> NDArray[np.uint8]:
     return np.asarray(image.convert("RGB"))
 
 
-def _normalized(rgb: NDArray[np.uint8], spec: PreprocessSpec) -> NDArray[np.float32]:
-    """[H, W, 3] -> [3, H, W]."""
+def normalized(rgb: NDArray[np.uint8], spec: PreprocessSpec) -> NDArray[np.float32]:
+    """Of images at their final size: [.., H, W, 3] -> [.., 3, H, W], a view of another order."""
     pixels = np.asarray(rgb, np.float32) / np.float32(255)
     mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
-    normalized: NDArray[np.float32] = (pixels - mean) / std
-    return normalized.transpose(2, 0, 1)
+    return np.moveaxis((pixels - mean) / std, -1, -3)

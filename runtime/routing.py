@@ -37,9 +37,10 @@ class Selection:
         return [tuple(np.flatnonzero(row).tolist()) for row in self.selected]
 
 
-def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    exponentials = np.exp(values - values.max(axis=1, keepdims=True))
-    shares: NDArray[np.float64] = exponentials / exponentials.sum(axis=1, keepdims=True)
+def softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Along the last axis."""
+    exponentials = np.exp(values - values.max(axis=-1, keepdims=True))
+    shares: NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
     return shares
 
 
@@ -77,12 +78,12 @@ def gates_from_residuals(
         picked = np.zeros_like(scores)
         picked[np.arange(len(scores)), scores.argmax(axis=1)] = 1
     elif mode == "weighted":
-        picked = _softmax(scores / temperature)
+        picked = softmax(scores / temperature)
     else:
         # One task alone has no sample deviation; it is its own mean, so any value gives gate 1.
         deviation = scores.std(axis=1, ddof=1, keepdims=True) if scores.shape[1] > 1 else 0.0
         centred = scores - scores.mean(axis=1, keepdims=True)
-        picked = _softmax(centred / (deviation + STD_EPSILON) / temperature)
+        picked = softmax(centred / (deviation + STD_EPSILON) / temperature)
     gates = np.zeros(residuals.shape, np.float32)
     gates[:, columns] = picked
     return gates

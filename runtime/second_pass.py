@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ def plan_single_tasks(task_of: Mapping[int, int]) -> list[Run]:
 
 def spans(counts: Sequence[int]) -> list[tuple[int, int]]:
     """(first row, number of rows) of consecutive parts."""
-    return [(sum(counts[:part]), count) for part, count in enumerate(counts)]
+    return list(zip(accumulate(counts, initial=0), counts, strict=False))
 
 
 def batches_of_parts(counts: Sequence[int], most: int) -> Iterator[tuple[slice, list[tuple[int, int]]]]:

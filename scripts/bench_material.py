@@ -103,6 +103,27 @@ def random_artifact(
     return Artifact(info, base, merged, tasks, bases, heads, storage=Storage(patch_embed=patch_embed))
 
 
+def artifact_of(
+    model: str,
+    task_count: int,
+    *,
+    base_merge: str = "zeroshot",
+    layer: int | None = None,
+    patch_embed: PatchEmbed = "full",
+) -> Artifact:
+    """Random tasks of a named model; arguments as of `make_bundle`."""
+    config, preprocess_config, where = load_model_config(model, Path.cwd())
+    spec = vision_spec_from_config(config, where)
+    return random_artifact(
+        spec,
+        preprocess_spec_from_config(preprocess_config, spec.image_size, where),
+        task_count,
+        router=RouterSettings(layer=layer, mode="top1"),
+        merge=MergeSettings(base_merge=base_merge),  # type: ignore[arg-type]  # one of the two
+        patch_embed=patch_embed,
+    )
+
+
 def make_bundle(
     model: str,
     task_count: int,
@@ -126,16 +147,7 @@ def make_bundle(
         precision: of the graphs.
         patch_embed: `low_rank` for tasks that change the patch convolution in few directions.
     """
-    config, preprocess_config, where = load_model_config(model, Path.cwd())
-    spec = vision_spec_from_config(config, where)
-    artifact = random_artifact(
-        spec,
-        preprocess_spec_from_config(preprocess_config, spec.image_size, where),
-        task_count,
-        router=RouterSettings(layer=layer, mode="top1"),
-        merge=MergeSettings(base_merge=base_merge),  # type: ignore[arg-type]  # one of the two
-        patch_embed=patch_embed,
-    )
+    artifact = artifact_of(model, task_count, base_merge=base_merge, layer=layer, patch_embed=patch_embed)
     write_artifact(artifact_file, artifact)
     export_bundle(
         artifact, artifact_file, bundle, verify=False, progress=Progress(quiet=True), precision=precision

@@ -17,16 +17,14 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from bench_material import random_artifact
+from bench_material import artifact_of
 
 from mass_export.artifact import Artifact, Calibration
 from mass_export.bench import Call, interleave, random_images
 from mass_export.bench_plain import write_plain_pass
-from mass_export.model_config import load_model_config, preprocess_spec_from_config, vision_spec_from_config
 from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
-from mass_export.router_spec import CalibrationInfo, RouterSettings, Tap
-from mass_export.spec import MergeSettings
+from mass_export.router_spec import CalibrationInfo, Tap
 from runtime.classifier import Classifier
 from runtime.onnx_session import OnnxSession
 
@@ -83,15 +81,7 @@ def set_margin(classifier: Classifier, share: float) -> None:
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(1))
 def main(model: str, task_count: int, sizes: tuple[int, ...], shares: tuple[float, ...], rounds: int) -> None:
     """Print first passes with and without stops, and both passes."""
-    config, preprocess, where = load_model_config(model, Path.cwd())
-    spec = vision_spec_from_config(config, where)
-    artifact = random_artifact(
-        spec,
-        preprocess_spec_from_config(preprocess, spec.image_size, where),
-        task_count,
-        router=RouterSettings(layer=LAST, mode="top1"),
-        merge=MergeSettings(base_merge="zeroshot"),
-    )
+    artifact = artifact_of(model, task_count, layer=LAST)
     with tempfile.TemporaryDirectory() as scratch:
         bundles = {}
         for name, stops in (("all to block 9", ()), ("early stops", STOPS)):

@@ -22,6 +22,7 @@ from study_routers import batches, markdown, of_tasks
 from mass_export.artifact import Artifact
 from mass_export.calibration import calibrate_pool, calibrate_task_images
 from mass_export.datasets import load_labelled_images
+from mass_export.evaluation import area_under_roc
 from mass_export.merge import merge
 from mass_export.model import MassModel
 from mass_export.progress import Progress
@@ -34,13 +35,6 @@ STRANGE_IMAGES = 200
 CONTRAST = 0.05
 QUIET = Progress(quiet=True)
 LEVELS = ("nothing", "nothing, heads not used", "300 images", "40 images a task")
-
-
-def auroc(unknown: NDArray[np.floating], known: NDArray[np.floating]) -> float:
-    """Chance that an unknown image scores above a known one; ties count half."""
-    ordered = np.sort(known)
-    below = np.searchsorted(ordered, unknown, "left") + np.searchsorted(ordered, unknown, "right")
-    return float(below.mean() / 2 / len(ordered))
 
 
 def strange_images(pixel_values: NDArray[np.float32], artifact: Artifact) -> dict[str, NDArray[np.float32]]:
@@ -113,7 +107,7 @@ def measure(data: Path, split: str, progress: Progress) -> list[dict[str, float 
         for level, artifact in levels(of_tasks(whole, kept), [taught_by[t] for t in kept]).items():
             usual = scores(artifact, known)
             for kind, images in {f"task {names[left_out]}": seen[left_out], **strange}.items():
-                found = auroc(scores(artifact, images), usual)
+                found = area_under_roc(scores(artifact, images), usual)
                 rows.setdefault(kind, {}).setdefault(level, []).append(found)
             calibration = artifact.info.calibration
             if calibration is not None and calibration.unknown_threshold is not None:

@@ -79,6 +79,7 @@ def report():
                 {"rank_ratio": 1 / 8, "joint": 0.6, "known": 0.8},
             ],
             "images_per_task": 60,
+            "latency_ms": {batch: {"unknown": 2.0, "given": 1.0} for batch in ("1", "8", "32")},
             "tasks": [{"tasks": 1, "paper": 0.9}, {"tasks": 2, "paper": 0.8}],
             "residuals": {"lead": [[-0.5, 1.0], [0.7, 1.4]], "routed": [[0.25, 0.5], [0.75, 1.0]]},
         },
