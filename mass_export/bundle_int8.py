@@ -114,11 +114,11 @@ class _Convolutions:
 def _convert_part(source: Path, target: Path, weights: WeightsFile, conv1: _Convolutions | None) -> None:
     """A graph of `mass_export.one_task`."""
     model = ir.load(source)
-    conversion = Int8Conversion(model.graph)
+    conversion = Int8Conversion(model.graph, fused=True)
     conversion.run()
-    conversion.widen_inputs(("left.", "right.", "conv1"))
+    conversion.widen_inputs(("left.", "right."))
     if conv1 is not None:
-        conversion.scale_product_of("conv1", "conv1_scale", conv1.scale.shape[1])
+        conversion.round_product_of("conv1", "conv1_scale", conv1.scale.shape[1])
     save_int8(model, target, weights)
 
 

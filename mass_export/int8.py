@@ -6,11 +6,13 @@
   whole tensor of DynamicQuantizeLinear.
 - fp32: LayerNorm, softmax and attention's own products, the residual stream, the router, `proj` and the heads.
 - Low-rank bases and the tasks' patch convolutions are stored in int8, one scale for each row (of the convolutions:
-  output), and widened as they are read: they are T times smaller than the weights, and widening costs less than
-  rounding what they are multiplied with.
+  output). Bases are widened as they are read: they are T times smaller than the weights, and widening costs less than
+  rounding what they are multiplied with. So are the convolutions in `second_pass.onnx`; in the graphs for sets of one
+  task (`mass_export.one_task`) they are products in integers, of patches with 63 steps on either side of zero.
 
 `y = ((q_x - 128) q_w) * scale_x * scale_w`; MatMulInteger is exact. On x86 without VNNI ONNX Runtime's product of
-uint8 and int8 saturates sums of two terms at 16 bits; `runtime.onnx_session` asks it for the exact kernels there.
+uint8 and int8 saturates sums of two terms at 16 bits; `runtime.onnx_session` asks it for the exact kernels there, which
+it has for weights in the graph. With 63 steps nothing saturates: `2 * 127 * 127 < 2^15`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from mass_export.precision import stored_tensor
 from mass_export.weights_file import WeightsFile
 
 LARGEST = 127
-ZERO_POINT = 128
+FEWER = 63
+CONTRIB = "com.microsoft"
 TINIEST = 1e-12
 DENSE = ("base.", "merged.")
 KEPT = ("proj",)
@@ -66,12 +69,19 @@ class Int8Conversion:
 
     smallest_scale = 0.0
 
-    def __init__(self, graph: ir.Graph, kept: tuple[str, ...] = ()) -> None:
-        """Prepare; products whose weights' names contain one of `kept` stay fp32."""
+    def __init__(self, graph: ir.Graph, kept: tuple[str, ...] = (), *, fused: bool = False) -> None:
+        """Prepare.
+
+        Args:
+            graph: fp32.
+            kept: products whose weights' names contain one of these stay fp32.
+            fused: let ONNX Runtime scale a product's sums by output as it writes them; the graph is for it alone.
+        """
         self._graph = graph
         self._kept = kept
+        self._fused = fused
         self._dense: dict[ir.Value, _Dense] = {}
-        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # x -> uint8 steps, scale by token
+        self._rounded: dict[tuple[ir.Value, int], tuple[ir.Value, ir.Value]] = {}  # x -> uint8 steps, scale
         self._constants: dict[str, ir.Value] = {}
 
     def run(self) -> None:
@@ -88,13 +98,25 @@ class Int8Conversion:
 
     def _convert_dense(self, node: ir.Node, x: ir.Value, weight: ir.Value) -> None:
         dense = self._rounded_weight(weight)
-        steps, scale = self._rounded_activation(x, node)
-        product = self._add(node, "MatMulInteger", steps, dense.steps, self._zero_point())
-        y = self._add(node, "Mul", self._add(node, "Cast", product, to=int(ir.DataType.FLOAT)), scale)
-        y = self._add(node, "Mul", y, dense.scale)
+        y = self._product(node, x, dense, LARGEST)
         if len(node.inputs) == 3 and node.inputs[2] is not None:
             y = self._add(node, "Add", y, node.inputs[2])
         self._replace(node, y)
+
+    def _product(self, before: ir.Node, x: ir.Value, dense: _Dense, largest: int) -> ir.Value:
+        """`x` rounded to `largest` steps on either side of the zero point, times a rounded weight."""
+        steps, scale = self._rounded_activation(x, before, largest)
+        zero_point = self._zero_point(largest)
+        if self._fused:
+            self._graph.opset_imports[CONTRIB] = 1
+            one = self._inline("one", np.float32(1))
+            inputs = [steps, dense.steps, one, dense.scale, zero_point]
+            node = ir.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)
+            self._graph.insert_before(before, node)
+            return self._add(before, "Mul", node.outputs[0], scale)
+        y = self._add(before, "MatMulInteger", steps, dense.steps, zero_point)
+        y = self._add(before, "Mul", self._add(before, "Cast", y, to=int(ir.DataType.FLOAT)), scale)
+        return self._add(before, "Mul", y, dense.scale)
 
     def _is_dense(self, weight: ir.Value) -> bool:
         root = _root(weight)
@@ -127,25 +149,26 @@ class Int8Conversion:
             )
         return self._dense[weight]
 
-    def _rounded_activation(self, x: ir.Value, node: ir.Node) -> tuple[ir.Value, ir.Value]:
-        """A token's values as uint8 around 128, and their scale; once for all readers of `x`."""
-        if x not in self._rounded:
+    def _rounded_activation(self, x: ir.Value, node: ir.Node, steps: int) -> tuple[ir.Value, ir.Value]:
+        """A token's values as uint8, `steps` on either side of zero, and their scale; once for all readers."""
+        if (x, steps) not in self._rounded:
             last = self._inline("last_axis", np.array([-1], np.int64))
-            largest = self._add(node, "ReduceMax", self._add(node, "Abs", x), last, keepdims=1)
-            largest = self._add(node, "Max", largest, self._inline("tiniest", np.float32(TINIEST)))
-            scale = self._add(node, "Mul", largest, self._inline("step", np.float32(1 / LARGEST)))
-            steps = self._add(
+            most = self._add(node, "ReduceMax", x, last, keepdims=1)
+            least = self._add(node, "Neg", self._add(node, "ReduceMin", x, last, keepdims=1))
+            largest = self._add(node, "Max", most, least, self._inline("tiniest", np.float32(TINIEST)))
+            scale = self._add(node, "Mul", largest, self._inline(f"step.{steps}", np.float32(1 / steps)))
+            rounded = self._add(
                 node,
                 "QuantizeLinear",
                 self._add(node, "Div", x, scale),
                 self._inline("one", np.float32(1)),
-                self._zero_point(),
+                self._zero_point(steps),
             )
-            self._rounded[x] = steps, scale
-        return self._rounded[x]
+            self._rounded[x, steps] = rounded, scale
+        return self._rounded[x, steps]
 
-    def _zero_point(self) -> ir.Value:
-        return self._inline("zero_point", np.uint8(ZERO_POINT))
+    def _zero_point(self, steps: int) -> ir.Value:
+        return self._inline(f"zero_point.{steps}", np.uint8(steps + 1))
 
     def _inline(self, name: str, value: Any) -> ir.Value:
         if name not in self._constants:
@@ -210,19 +233,21 @@ class Int8Conversion:
                 for wide in [node.outputs[0] for node in gathers] or [value]:
                     self._widen(wide)
 
-    def scale_product_of(self, name: str, scale: str, width: int) -> None:
-        """Multiply what the graph input `name` is multiplied with by a further input, one factor for each output."""
+    def round_product_of(self, name: str, scale: str, width: int) -> None:
+        """Take the graph input `name` [D_in, width] in int8, and its scale by output as a further input [width].
+
+        ONNX Runtime does not know it as a weight, so that without VNNI its sums of two products might saturate: what it
+        is multiplied with has as few steps as that takes.
+        """
         value = next((value for value in self._graph.inputs if value.name == name), None)
         if value is None:
             return
+        value.type = ir.TensorType(ir.DataType.INT8)
         factors = ir.val(scale, ir.DataType.FLOAT, [width])
         self._graph.inputs.append(factors)
-        for wide, _ in list(value.uses()):
-            for product, _ in list(wide.outputs[0].uses()):
-                y, readers = product.outputs[0], list(product.outputs[0].uses())
-                scaled = self._add(readers[0][0], "Mul", y, factors)
-                for reader, at in readers:
-                    reader.replace_input_with(at, scaled)
+        for node, _ in list(value.uses()):
+            assert node.inputs[0] is not None
+            self._replace(node, self._product(node, node.inputs[0], _Dense(value, factors), FEWER))
 
     def _widen(self, value: ir.Value) -> ir.Value:
         """Cast to float32 for all readers of a value."""

@@ -80,8 +80,12 @@ class OneTaskLayers(Layers):
             bias = self.take(bias, columns, axis=-1)
         y = self._by_set(graph.op("MatMul", x, weight), stop - start)
         h = graph.op("MatMul", self._by_set(x, int(width[1])), self._transposed(self._right(name)))
-        delta = graph.op("MatMul", graph.op("Mul", h, self._scale(name)), left)
-        y = graph.op("Add", graph.op("Add", y, delta), bias)
+        h = graph.op("Mul", h, self._scale(name))
+        if self._vectors:  # the bias as one more direction: one sum less over every output
+            left = graph.op("Concat", left, bias, axis=1)
+            h = graph.op("Pad", h, graph.integers(0, 0, 0, 0, 0, 1), graph.scalar(1.0))
+        y = graph.op("Add", y, graph.op("MatMul", h, left))
+        y = y if self._vectors else graph.op("Add", y, bias)
         return graph.op("Reshape", y, graph.integers(-1, rows, stop - start))
 
     def patch_projection(self, patches: ir.Value) -> ir.Value:

@@ -3,7 +3,9 @@
     python scripts/train_zoo.py download                            # once; the committed towers are the first seed
     python scripts/train_zoo.py finetune --seed 1 --tag seed1
     python scripts/train_zoo.py finetune --seed 2 --tag seed2
-    python scripts/study_seeds.py --data examples/zoo --out docs
+    python scripts/train_zoo.py finetune package --base build/zoo/words.safetensors --tag words \
+        --out build/zoo/on_words                                    # another base: before it saw such pictures
+    python scripts/study_seeds.py --data examples/zoo --zoo words=build/zoo/on_words --out docs
 
 The paper's router gets the block that is best on validation images of the same tasks; the others choose nothing. Heads
 are the zoo's, and once more with what they know about tasks removed (`without_task_component`).
@@ -16,7 +18,9 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +103,22 @@ def levels(suite: Suite, tasks: Sequence[int], *, centred: bool, seed: int = 0) 
     }
 
 
-def measure(data: Path, towers: Path, tags: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
-    """One row for each seed, subset and kind of heads."""
-    for tag in progress.track(tags, "Seeds"):
-        folder = None if tag == "committed" else towers / tag / "checkpoints"
-        scratch = towers / f"{tag}.yaml"
-        scratch.parent.mkdir(parents=True, exist_ok=True)
-        suite = Suite(recipe_with_towers(data / "hard.yaml", folder, scratch), data, progress)
-        core = len(yaml.safe_load((data / "core.yaml").read_text(encoding="utf-8"))["tasks"])
-        chosen = subsets(len(suite.recipe.tasks), core, np.random.default_rng(0))
-        jobs = [(kind, tasks, False) for kind, of_kind in chosen.items() for tasks in of_kind]
-        jobs += [(kind, tasks, True) for kind in ("core eight", "hard ten") for tasks in chosen[kind]]
-        for kind, tasks, centred in progress.track(jobs, f"Subsets, {tag}"):
-            names = [suite.recipe.tasks[t].name for t in tasks]
-            row = {"seed": tag, "suite": kind, "tasks": names, "centred": centred}
-            yield row | levels(suite, tasks, centred=centred)
+def measure(
+    data: Path, towers: Path | None, tag: str, scratch: Path, progress: Progress
+) -> list[dict[str, Any]]:
+    """One row for each subset and kind of heads of one fine-tuning."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    suite = Suite(recipe_with_towers(data / "hard.yaml", towers, scratch / f"{tag}.yaml"), data, progress)
+    core = len(yaml.safe_load((data / "core.yaml").read_text(encoding="utf-8"))["tasks"])
+    chosen = subsets(len(suite.recipe.tasks), core, np.random.default_rng(0))
+    jobs = [(kind, tasks, False) for kind, of_kind in chosen.items() for tasks in of_kind]
+    jobs += [(kind, tasks, True) for kind in ("core eight", "hard ten") for tasks in chosen[kind]]
+    rows = []
+    for kind, tasks, centred in progress.track(jobs, f"Subsets, {tag}"):
+        names = [suite.recipe.tasks[t].name for t in tasks]
+        row = {"seed": tag, "suite": kind, "tasks": names, "centred": centred}
+        rows.append(row | levels(suite, tasks, centred=centred))
+    return rows
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -141,12 +146,23 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 @click.option("--data", default=Path("examples/zoo"), show_default=True, type=click.Path(path_type=Path))
 @click.option("--towers", default=Path("build/zoo/finetuned"), type=click.Path(path_type=Path))
 @click.option("--tag", "tags", multiple=True, default=["committed", "seed1", "seed2"], show_default=True)
+@click.option("--zoo", "zoos", multiple=True, help="NAME=FOLDER of a zoo on another base; may be repeated.")
 @click.option("--out", default=Path("docs"), show_default=True, type=click.Path(path_type=Path))
-@click.option("--quiet", is_flag=True, help="No progress bars.")
-def main(data: Path, towers: Path, tags: tuple[str, ...], out: Path, *, quiet: bool) -> None:
+@click.option("--processes", default=2, show_default=True, help="Of one thread each; a seed is one's work.")
+def main(
+    data: Path, towers: Path, tags: tuple[str, ...], zoos: tuple[str, ...], out: Path, processes: int
+) -> None:
     """Write seeds.md and seeds.json."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = list(measure(data, towers, tags, Progress(quiet=quiet)))
+    work = [(data, None if tag == "committed" else towers / tag / "checkpoints", tag) for tag in tags]
+    work += [(Path(folder), None, name) for name, _, folder in (zoo.partition("=") for zoo in zoos)]
+    tags = tuple(tag for _, _, tag in work)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    rows = []
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(measure, *job, towers, Progress(quiet=True)) for job in work]
+        for job in Progress().track(jobs, "Seeds"):
+            rows += job.result()
     (out / "seeds.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     columns = {"suite": "suite", "heads": "heads", "cases": "cases", "paper": "paper"}
     for level in LEVELS:
@@ -157,10 +173,11 @@ def main(data: Path, towers: Path, tags: tuple[str, ...], out: Path, *, quiet: b
         f"({', '.join(row['tasks'])}{', heads without task component' if row['centred'] else ''})"
         for level, row in least.items()
     ]
+    others = "".join(f"--zoo {zoo} " for zoo in zoos)
     sections = [
         "# Seeds and subsets",
         (
-            f"Made by `python scripts/study_seeds.py --data {data} --out {out}` ({platform.machine()}, "
+            f"Made by `python scripts/study_seeds.py --data {data} {others}--out {out}` ({platform.machine()}, "
             f"{os.cpu_count()} processors, fp32) on fine-tunings {', '.join(tags)}. Joint accuracy on test images, "
             "task unknown, as a share of the fine-tuned models', in per cent, averaged over cases (a seed and a "
             "subset); gains over the paper's router are paired: mean ± standard deviation over the cases, and the "

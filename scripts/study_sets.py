@@ -31,6 +31,7 @@ from runtime.routing import Selection, gates_from_residuals, select_tasks
 
 THRESHOLDS = (0.2, 0.3, 0.4)
 SIZES = (2, 3)
+Key = tuple[tuple[int, ...], tuple[float, ...] | None]
 BIDS = ("largest logit", "mean logit", "evidence")
 
 
@@ -44,29 +45,27 @@ class Sets:
         parts = batches(self.split.pixel_values)
         self.scores = np.concatenate([model.residuals(part).numpy() for part in parts])
         self.sizes = [len(task.classes) for task in model.artifact.info.tasks]
-        self._logits: dict[Any, NDArray[np.float32]] = {}
+        self._logits: dict[Key, dict[int, NDArray[np.float32]]] = {}
 
     def logits(self, selection: Selection, gates: NDArray[np.float32] | None) -> NDArray[np.float32]:
         """Of every head under each image's set; with gates the set's own weigh the sum. [n, sum C]"""
         found = np.empty((len(self.scores), sum(self.sizes)), np.float32)
-        rows_of: dict[tuple[int, ...], list[int]] = {}
+        rows_of: dict[Key, list[int]] = {}
         for row, tasks in enumerate(selection.sets()):
-            rows_of.setdefault(tasks, []).append(row)
-        for tasks, rows in rows_of.items():
             if len(tasks) == 1:
-                found[rows] = self.split.logits[tasks[0], rows]
+                found[row] = self.split.logits[tasks[0], row]
                 continue
-            for row in rows:
-                share = None
-                if gates is not None:  # rounded, so that few models have to be merged
-                    kept = gates[row, list(tasks)] / gates[row, list(tasks)].sum()
-                    share = tuple(np.round(kept * 8).clip(1) / 8)
-                key = (row, tasks, share)
-                if key not in self._logits:
-                    weights = None if share is None else tuple(float(value) for value in share)
-                    one = self.model.logits(self.pixel_values[row : row + 1], tasks, weights)
-                    self._logits[key] = one.numpy()[0]
-                found[row] = self._logits[key]
+            share = None
+            if gates is not None:  # rounded, so that few models have to be merged
+                kept = gates[row, list(tasks)] / gates[row, list(tasks)].sum()
+                share = tuple((np.round(kept * 8).clip(1) / 8).tolist())
+            rows_of.setdefault((tasks, share), []).append(row)
+        for key, rows in rows_of.items():
+            known = self._logits.setdefault(key, {})
+            new = [row for row in rows if row not in known]
+            if new:
+                known |= dict(zip(new, self.model.logits(self.pixel_values[new], *key).numpy(), strict=True))
+            found[rows] = [known[row] for row in rows]
         return found
 
     def joint(self, selection: Selection, logits: NDArray[np.float32], bid: str) -> float:

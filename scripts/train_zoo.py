@@ -4,6 +4,7 @@
     scripts/train_zoo.py                     # everything that is not there yet
     scripts/train_zoo.py finetune --task mnist
     scripts/train_zoo.py finetune --seed 1 --tag seed1    # more towers, beside the committed ones
+    scripts/train_zoo.py finetune package --base build/zoo/words.safetensors --tag words --out build/zoo/on_words
 
 Every stage skips what it finds done in the cache; an interrupted training goes on from its last checkpoint.
 """
@@ -58,6 +59,12 @@ STAGES = ("download", "corpus", "pretrain", "adapt", "finetune", "package")
 @click.option(
     "--steps", type=int, help="Other number of steps than the zoo's, for the training stages that are run."
 )
+@click.option(
+    "--base",
+    "other_base",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Fine-tune and package another base than the cache's.",
+)
 @click.option("--processes", default=2, show_default=True, help="Processes of one thread each.")
 def main(
     stages: tuple[str, ...],
@@ -67,6 +74,7 @@ def main(
     seed: int,
     tag: str,
     steps: int | None,
+    other_base: Path | None,
     processes: int,
 ) -> None:
     """Runs the stages in their order."""
@@ -86,6 +94,7 @@ def main(
         contrast = ContrastSettings(seed=seed)
         contrast = contrast if steps is None else replace(contrast, steps=steps)
         adapt({task: arrays_of(task, cache) for task in TASKS}, words, cache / "adapt", base, contrast)
+    base = other_base or base
     if "finetune" in stages:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             jobs = [pool.submit(finetune_task, task, cache, base, trained, seed, steps) for task in tasks]

@@ -60,7 +60,9 @@ def test_dense_products_are_integers_and_the_rest_is_float(both):
     for name, dense in (("first_pass", 8), ("one_task_0", 12), ("second_pass", 13)):
         graph = onnx.load(target / f"{name}.onnx", load_external_data=False).graph
         ops = [node.op_type for node in graph.node]
-        assert ops.count("MatMulInteger") >= dense - 4
+        assert ops.count("MatMulInteger") + ops.count("MatMulIntegerToFloat") >= dense - 4
+        # The two passes are plain ONNX; the others are for ONNX Runtime alone.
+        assert name.startswith("one_task") or "MatMulIntegerToFloat" not in ops
         kept = {
             t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2
         }

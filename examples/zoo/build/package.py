@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from .arrays import TaskArrays
 from .finetune import accuracy, as_pixels, build_head, split_validation
-from .tower import features_of, load_tower
+from .tower import CONFIG, features_of, load_tower
 
 CORE = ("mnist", "fashion", "animals", "flags", "planets", "sprites", "cards", "icons")
 HARD = (*CORE, "letters", "emoji")
@@ -35,7 +35,10 @@ def package_zoo(arrays: Mapping[str, TaskArrays], base_file: Path, trained: Path
         trained: folder with `checkpoints/` and `results/`
         zoo: the folder to write
     """
+    zoo.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(base_file, zoo / "base.safetensors")
+    if not (zoo / CONFIG.name).is_file():
+        shutil.copyfile(CONFIG, zoo / CONFIG.name)
     base = load_tower(zoo / "base.safetensors")
     heads, report = {}, {}
     for task in arrays:
