@@ -103,6 +103,10 @@ def merge(
     help="int8: attention and patches of the first pass stay fp32; larger, slower, routes more like fp32.",
 )  # fmt: skip
 @click.option(
+    "--router-precision", type=click.Choice(["int8"]),
+    help="fp32: the first pass alone in eight bits, for CPUs; it only chooses tasks. Classes stay fp32.",
+)  # fmt: skip
+@click.option(
     "--input", "image_dtype", type=click.Choice(["float32", "uint8"]), default="float32", show_default=True,
     help="What graphs take: normalised pixel_values [B, 3, H, W], or the bytes of images [B, H, W, 3].",
 )  # fmt: skip
@@ -117,6 +121,7 @@ def export(
     backend: str,
     precision: Precision,
     precise_router: bool,
+    router_precision: Precision | None,
     image_dtype: ImageDtype,
     no_verify: bool,
     triton: Path | None,
@@ -151,10 +156,12 @@ def export(
         precision="fp32" if with_engines else precision,
         engines=settings_from_options(precision, engine) if with_engines else None,
         precise_router=precise_router,
+        router_precision=router_precision,
         image_dtype=image_dtype,
     )
     checked = "not verified" if no_verify else "verified"
     what = f"{precision} engines" if with_engines else precision
+    what += f", router {router_precision}" if router_precision else ""
     if triton is not None:
         from mass_export.triton_repository import write_triton_repository  # noqa: PLC0415
 

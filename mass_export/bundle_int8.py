@@ -27,6 +27,7 @@ from runtime.bundle import (
     sha256_of_file,
 )
 
+ROUTER_WEIGHTS = "router.bin"
 # Most of what rounding does to a routing feature comes from these; see docs/speed.md.
 PRECISE_ROUTER = (".attn.", "conv1.")
 
@@ -77,6 +78,18 @@ def convert_bundle_int8(
     )
     (target / MANIFEST_FILE).write_text(json_from_manifest(converted), encoding="utf-8")
     return converted
+
+
+def round_first_pass(onnx_file: Path, spec: PassSpec, target: Path) -> PassSpec:
+    """Write the first pass of an fp32 bundle in eight bits, with a weights file of its own.
+
+    Args:
+        onnx_file: in fp32.
+        spec: of it.
+        target: bundle directory.
+    """
+    with WeightsFile(target / ROUTER_WEIGHTS) as weights:
+        return _convert_pass(onnx_file, spec, target, weights, {}, None, ())
 
 
 class _Bases:

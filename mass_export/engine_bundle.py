@@ -140,8 +140,8 @@ class _Int8:
 
 def _precision(settings: EngineSettings, manifest: Manifest) -> Precision:
     precision = settings.precision or manifest.precision
-    if manifest.precision == "int8":
-        raise EngineError("precision: the graphs of this bundle are int8, for CPUs; export it as fp32.")
+    if manifest.for_cpus:
+        raise EngineError("precision: graphs of this bundle are int8, for CPUs; export it as fp32.")
     if manifest.precision not in ("fp32", precision):
         raise EngineError(
             f"precision: the graphs of this bundle are {manifest.precision}; export it as fp32 to build {precision}."

@@ -173,6 +173,7 @@ class _Writer:
     bases: Mapping[str, MatrixBases]
     tables: VectorTables | None
     preprocess: PreprocessSpec
+    routes: bool
 
     def layers(self, graph: Graph) -> OneTaskLayers:
         """The layers of any tasks."""
@@ -182,7 +183,7 @@ class _Writer:
     def write(self) -> OneTaskSpec:
         """The graphs of both passes, or of the second alone if the first has weights of its own."""
         info = self.artifact.info
-        stops = () if self.artifact.merged else stops_of(self.artifact)
+        stops = stops_of(self.artifact) if self.routes else ()
         segments, routers, known = [], [], []
         for index, (start, stop) in enumerate(zip((0, *stops), stops, strict=False)):
             file, taps = self.segment(index, start, stop)
@@ -286,6 +287,8 @@ def write_one_task(
     bases: Mapping[str, MatrixBases],
     tables: VectorTables | None,
     preprocess: PreprocessSpec,
+    *,
+    routes: bool,
 ) -> OneTaskSpec:
     """Write the graphs beside the other two; they read the same weights.
 
@@ -296,5 +299,6 @@ def write_one_task(
         bases: stored in the weights file.
         tables: stored there, too; with a first pass on the base its own row comes last.
         preprocess: how images come in.
+        routes: the graphs run the first pass, too; only if it runs on the base in the same precision.
     """
-    return _Writer(artifact, weights, directory, bases, tables, preprocess).write()
+    return _Writer(artifact, weights, directory, bases, tables, preprocess, routes).write()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import tempfile
 from pathlib import Path
 
 import onnx_ir as ir
 
 import mass_export
 from mass_export.artifact import Artifact
-from mass_export.bundle_int8 import convert_bundle_int8
+from mass_export.bundle_int8 import convert_bundle_int8, round_first_pass
 from mass_export.bundle_precision import convert_bundle, require_graph_precision
 from mass_export.engine_bundle import build_engines
 from mass_export.errors import ExportError
@@ -62,6 +63,7 @@ def export_bundle(
     precision: Precision = "fp32",
     engines: EngineSettings | None = None,
     precise_router: bool = False,
+    router_precision: Precision | None = None,
     image_dtype: ImageDtype = "float32",
 ) -> Path:
     """Write a bundle directory.
@@ -78,6 +80,7 @@ def export_bundle(
         precision: of the graphs, `fp32`, `fp16` or `int8`.
         engines: also build TensorRT engines, so.
         precise_router: with int8, see `convert_bundle_int8`.
+        router_precision: `int8` for a first pass in eight bits before a second in fp32; None is `precision`.
         image_dtype: `float32` for graphs that take normalised images, `uint8` for graphs that take their bytes.
 
     Raises:
@@ -88,6 +91,7 @@ def export_bundle(
     out = out.absolute()
     _check_replaceable(out)
     require_graph_precision(precision)
+    _require_router_precision(router_precision, precision, engines)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with staging(out) as scratch:
@@ -98,6 +102,7 @@ def export_bundle(
                 precision,
                 progress,
                 precise_router=precise_router,
+                router_precision=router_precision,
                 image_dtype=image_dtype,
             )
             if verify:
@@ -122,12 +127,15 @@ def _stage(
     progress: Progress,
     *,
     precise_router: bool,
+    router_precision: Precision | None,
     image_dtype: ImageDtype,
 ) -> Path:
     """Write the bundle below `scratch`, in its precision."""
     staged = scratch / "fp32"
     staged.mkdir()
-    manifest = write_bundle(artifact, artifact_path, staged, progress, image_dtype)
+    manifest = write_bundle(
+        artifact, artifact_path, staged, progress, image_dtype, router_precision=router_precision
+    )
     if precision == "fp32":
         return staged
     converted = scratch / precision
@@ -146,11 +154,17 @@ def write_bundle(
     directory: Path,
     progress: Progress,
     image_dtype: ImageDtype = "float32",
+    *,
+    router_precision: Precision | None = None,
 ) -> Manifest:
     """Write graphs, weights and manifest into an empty directory."""
     preprocess = dataclasses.replace(artifact.info.preprocess, dtype=image_dtype)
+    routes = not artifact.merged and router_precision is None
     with WeightsFile(directory / WEIGHTS_FILE) as weights:
-        first = _write_first_pass(artifact, weights, directory, preprocess)
+        if router_precision is None:
+            first = _write_first_pass(artifact, weights, directory, preprocess)
+        else:
+            first = _write_rounded_first_pass(artifact, directory, preprocess)
         names = artifact.info.vision.matrix_names()
         bases = {
             name: store_bases(weights, artifact.tasks, name)
@@ -163,13 +177,14 @@ def write_bundle(
                 artifact.info.vision,
                 artifact.base,
                 artifact.tasks,
-                with_base=not artifact.merged,
+                with_base=routes,
                 patch_embed=artifact.storage.patch_embed,
             )
         second = _write_second_pass(artifact, weights, directory, bases, tables, preprocess)
-        one_task = write_one_task(artifact, weights, directory, bases, tables, preprocess)
+        one_task = write_one_task(artifact, weights, directory, bases, tables, preprocess, routes=routes)
     passes = {FIRST_PASS: first, SECOND_PASS: second}
     manifest = _manifest(artifact, artifact_path, passes, bases, one_task, directory, preprocess)
+    manifest = dataclasses.replace(manifest, router_precision=router_precision)
     (directory / MANIFEST_FILE).write_text(json_from_manifest(manifest), encoding="utf-8")
     return manifest
 
@@ -189,6 +204,15 @@ def _write_first_pass(
     if unknown is not None:
         outputs["unknown"] = (unknown, ["B"])
     return graph.save(directory / f"{FIRST_PASS}.onnx", outputs, mass_export.__version__)
+
+
+def _write_rounded_first_pass(artifact: Artifact, directory: Path, preprocess: PreprocessSpec) -> PassSpec:
+    """In eight bits; the fp32 weights that it is rounded from do not come into the bundle."""
+    with tempfile.TemporaryDirectory(dir=directory.parent) as name:
+        scratch = Path(name)
+        with WeightsFile(scratch / WEIGHTS_FILE) as weights:
+            spec = _write_first_pass(artifact, weights, scratch, preprocess)
+        return round_first_pass(scratch / spec.file, spec, directory)
 
 
 def _write_second_pass(
@@ -268,6 +292,16 @@ def _confidence_scale(info: ArtifactInfo) -> float:
     if info.calibration is not None and info.calibration.confidence_scale is not None:
         return info.calibration.confidence_scale
     return CONFIDENCE_SCALES[info.router.standardize]
+
+
+def _require_router_precision(
+    router: Precision | None, precision: Precision, engines: EngineSettings | None
+) -> None:
+    if router is not None and (router != "int8" or precision != "fp32" or engines is not None):
+        raise ExportError(
+            f"router_precision: expected int8, with --precision fp32 and --backend onnx, got {router} with {precision}"
+            f"{'' if engines is None else ' and engines'}; int8 alone is for both passes, and engines set their own."
+        )
 
 
 def _check_replaceable(out: Path) -> None:

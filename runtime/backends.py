@@ -81,7 +81,7 @@ def open_sessions(
 
 
 def _for_precision(provider: Provider, manifest: Manifest) -> Provider:
-    if manifest.precision != "int8":
+    if not manifest.for_cpus:
         return provider
     if provider not in ("auto", "cpu"):
         raise BackendError(

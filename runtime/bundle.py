@@ -260,7 +260,10 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a bundle but the numbers; `precision` is that of the ONNX graphs."""
+    """Everything about a bundle but the numbers.
+
+    `precision` is that of the ONNX graphs, `router_precision` that of the first pass where it has another.
+    """
 
     format: str
     schema_version: int
@@ -277,6 +280,12 @@ class Manifest:
     precision: Precision = "fp32"
     engines: tuple[EngineSpec, ...] = ()
     one_task: OneTaskSpec | None = None
+    router_precision: Precision | None = None
+
+    @property
+    def for_cpus(self) -> bool:
+        """Whether a graph is of a precision that GPUs do not take: scales found for each token as the graph runs."""
+        return "int8" in (self.precision, self.router_precision)
 
 
 def json_from_manifest(manifest: Manifest) -> str:
@@ -487,9 +496,9 @@ def _typed_generic(kind: Any, origin: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise BundleError(f"{where}: expected an object, got {_shortened(value)}.")
         return {str(key): _typed(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    nested = [kind for kind in args if dataclasses.is_dataclass(kind)]
-    if nested and value is not None:  # a dataclass or None
-        return _typed(nested[0], value, where)
+    nested = [kind for kind in args if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is Literal]
+    if nested:  # a dataclass, or one of some texts, or None
+        return None if value is None else _typed(nested[0], value, where)
     if not isinstance(value, args) or isinstance(value, bool):  # a union of plain types
         raise BundleError(f"{where}: expected {kind}, got {_shortened(value)}.")
     return value

@@ -29,6 +29,7 @@ from mass_export.bench_plain import write_plain_pass
 from mass_export.machine import describe_machine
 from mass_export.progress import Progress
 from mass_export.spec import PatchEmbed
+from runtime.bundle import ImageDtype
 from runtime.classifier import Classifier
 from runtime.engine_spec import Precision
 from runtime.onnx_session import OnnxSession
@@ -49,14 +50,19 @@ class Material:
     precision: Precision = "fp32"
     layer: int | None = None
     patch_embed: PatchEmbed = "full"
+    router_precision: Precision | None = None
+    image_dtype: ImageDtype = "float32"
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        patches = "-patches" if self.patch_embed == "low_rank" else ""
-        return f"t{self.tasks}-{self.precision}{patches}" + (
-            "" if self.layer is None else f"-block{self.layer}"
-        )
+        kinds = {
+            "-patches": self.patch_embed == "low_rank",
+            f"-block{self.layer}": self.layer is not None,
+            "-router8": self.router_precision is not None,
+            "-bytes": self.image_dtype == "uint8",
+        }
+        return f"t{self.tasks}-{self.precision}" + "".join(kind for kind, is_so in kinds.items() if is_so)
 
     def make(self, work: Path, model: str) -> Path:
         """The bundle, made if it is not there; its artifact lies beside it."""
@@ -71,6 +77,8 @@ class Material:
             layer=self.layer,
             precision=self.precision,
             patch_embed=self.patch_embed,
+            router_precision=self.router_precision,
+            image_dtype=self.image_dtype,
         )
         return bundle
 
@@ -80,6 +88,9 @@ MATERIAL = (
     *(Material(T, "int8") for T in (8, 20)),
     *(Material(T, precision, patch_embed="low_rank") for precision in PRECISIONS for T in (8, 20)),
     Material(20, layer=EARLY),
+    Material(20, "fp16"),
+    Material(20, router_precision="int8"),
+    *(Material(20, precision, image_dtype="uint8") for precision in PRECISIONS),
 )
 
 

@@ -25,7 +25,7 @@ from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
 from mass_export.router_spec import RouterSettings
 from mass_export.spec import ArtifactInfo, MergeSettings, PatchEmbed, TaskInfo, VisionSpec, rank_of
-from runtime.bundle import PreprocessSpec
+from runtime.bundle import ImageDtype, PreprocessSpec
 from runtime.engine_spec import Precision
 
 
@@ -134,6 +134,8 @@ def make_bundle(
     layer: int | None = None,
     precision: Precision = "fp32",
     patch_embed: PatchEmbed = "full",
+    router_precision: Precision | None = None,
+    image_dtype: ImageDtype = "float32",
 ) -> None:
     """Write an artifact of random tasks and its bundle.
 
@@ -146,11 +148,20 @@ def make_bundle(
         layer: routing layer; None takes 3/4 of the depth.
         precision: of the graphs.
         patch_embed: `low_rank` for tasks that change the patch convolution in few directions.
+        router_precision: of the first pass, if that has another; see `export_bundle`.
+        image_dtype: of what the graphs take.
     """
     artifact = artifact_of(model, task_count, base_merge=base_merge, layer=layer, patch_embed=patch_embed)
     write_artifact(artifact_file, artifact)
     export_bundle(
-        artifact, artifact_file, bundle, verify=False, progress=Progress(quiet=True), precision=precision
+        artifact,
+        artifact_file,
+        bundle,
+        verify=False,
+        progress=Progress(quiet=True),
+        precision=precision,
+        router_precision=router_precision,
+        image_dtype=image_dtype,
     )
 
 

@@ -26,6 +26,7 @@ from runtime.classifier import Classifier, ForwardResult
 FORMS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "int8": {"precision": "int8"},
+    "fp32, int8 router": {"router_precision": "int8"},
     "int8, precise router": {"precision": "int8", "precise_router": True},
 }
 

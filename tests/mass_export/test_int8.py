@@ -16,6 +16,7 @@ from mass_export.int8 import int8_rows
 from runtime.bundle import map_array, read_manifest
 from runtime.classifier import Classifier
 from runtime.cores import CoreCache
+from runtime.errors import BackendError
 
 SETS = [(0,), (1,), (0, 1), (1, 2), (0, 1, 2), (2,)]
 
@@ -143,6 +144,51 @@ def test_a_precise_router_keeps_attention_and_is_closer_to_fp32(pico_bundle, tmp
             expected, actual = (c.forward(images(32)).residuals for c in (full, narrow))
         errors.append(np.sqrt(np.mean((actual / expected - 1) ** 2)))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("base_merge", ["zeroshot", "tsvm"])
+def test_a_router_in_int8_leaves_classes_in_fp32(pico_bundle, tmp_path, base_merge):
+    _, _, bundle = pico_bundle(router={"layer": 2, "mode": "top1"}, base_merge=base_merge)
+    artifact, out = str(tmp_path / "merged.safetensors"), tmp_path / "out"
+    done = CliRunner().invoke(
+        main, ["export", "--artifact", artifact, "--out", str(out), "-q", "--router-precision", "int8"]
+    )
+    assert done.exit_code == 0, done.output
+    manifest = read_manifest(out)
+    assert (manifest.precision, manifest.router_precision) == ("fp32", "int8")
+    first = onnx.load(out / "first_pass.onnx", load_external_data=False).graph
+    assert "MatMulInteger" in {node.op_type for node in first.node}
+    with Classifier(bundle, "cpu", num_threads=1) as full, Classifier(out, "cpu", num_threads=1) as mixed:
+        expected, actual = (c.forward(images(16)) for c in (full, mixed))
+        given, same = (c.forward(images(16), tasks=[full.tasks[1]]).logits for c in (full, mixed))
+        with pytest.raises(BackendError, match="for CPUs"):
+            Classifier(out, "cuda")
+    np.testing.assert_allclose(actual.residuals, expected.residuals, rtol=0.03)
+    assert not np.array_equal(actual.residuals, expected.residuals)
+    np.testing.assert_allclose(same, given, atol=1e-4)
+    sizes = [(path / "weights.bin").stat().st_size for path in (bundle, out)]
+    assert sizes[1] < sizes[0] if base_merge == "tsvm" else sizes[1] <= sizes[0]
+
+
+@pytest.mark.parametrize(
+    "more", [["--precision", "int8"], ["--precision", "fp16"], ["--backend", "tensorrt"]]
+)
+def test_a_router_in_int8_goes_with_fp32_graphs_alone(pico_bundle, tmp_path, more):
+    pico_bundle(router={"layer": 1})
+    artifact = str(tmp_path / "merged.safetensors")
+    arguments = [
+        "export",
+        "--artifact",
+        artifact,
+        "--out",
+        str(tmp_path / "out"),
+        "--router-precision",
+        "int8",
+    ]
+    refused = CliRunner().invoke(main, [*arguments, *more])
+    assert refused.exit_code == 1
+    assert "router_precision: expected int8, with --precision fp32" in refused.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_vnni_is_what_linux_says(tmp_path):
