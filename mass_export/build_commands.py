@@ -213,6 +213,13 @@ def build_engines(
     show_default=True,
     help="With --task-images: end the first pass of an image at the first block that is sure of it.",
 )
+@click.option(
+    "--hear-heads/--no-hear-heads",
+    "hear_heads",
+    default=True,
+    show_default=True,
+    help="With --pool: use head evidence that the merge did not trust, if it agrees with the residuals.",
+)
 @QUIET
 def calibrate(
     artifact: Path,
@@ -224,6 +231,7 @@ def calibrate(
     *,
     synthetic: bool,
     stop_early: bool,
+    hear_heads: bool,
     quiet: bool,
 ) -> None:
     """Teach the router of ARTIFACT with images, without training.
@@ -242,6 +250,7 @@ def calibrate(
         synthetic=synthetic,
         limit=limit,
         stop_early=stop_early,
+        hear_heads=hear_heads,
         progress=Progress(quiet=quiet),
     )
     write_artifact(out, calibrated)

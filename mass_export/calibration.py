@@ -4,7 +4,8 @@ Three levels, by what one may know:
 
 - `synthetic`: nothing. Images made from noise show which residuals are small for any input at all.
 - `pool`: unlabelled images. Mean and spread of each task's residual at each tap remove the per-task bias where no
-  head evidence does. The router's own answers then serve as labels, once, for the discriminant below.
+  head evidence does. Heads that were not trusted are heard where they agree with the residuals. The router's own
+  answers then serve as labels, once, for the discriminant below.
 - `task_images`: a few images a task, no class labels. A linear discriminant with shrunk covariance names the task. It
   reads all mlp inputs up to a block that is early enough for the first pass to get shorter, and where that saves more,
   image by image up to the first block that is sure (`mass_export.early_stops`).
@@ -18,7 +19,7 @@ Statistics are computed in float64.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,7 @@ from mass_export.discriminant import (
 )
 from mass_export.early_stops import choose_stops, no_stops
 from mass_export.errors import DataError
+from mass_export.head_evidence import EVIDENCE_WEIGHT, LEAST_AGREEMENT, agreement
 from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.router_spec import CalibrationInfo, Tap, default_routing_layer
@@ -85,6 +87,7 @@ def calibrate_pool(
     *,
     synthetic: bool = False,
     pseudo_labels: bool = True,
+    hear_heads: bool = True,
     source: str = "",
     progress: Progress,
 ) -> Artifact:
@@ -95,13 +98,16 @@ def calibrate_pool(
         pixel_values: normalised images, at least two. [n, 3, H, W]
         synthetic: whether they were made by `synthetic_images`; these have no tasks to learn from.
         pseudo_labels: fit a discriminant at three quarters of the depth to what the router says of the images.
+        hear_heads: where the router does without head evidence, use it if it agrees with the residuals on the images.
         source: where they come from, for the record.
         progress: where to show it.
     """
     if len(pixel_values) < 2:
         raise DataError(f"calibration needs at least 2 images, got {len(pixel_values)}.")
     artifact = artifact.without_calibration()
-    learn = pseudo_labels and not synthetic
+    before, learn = artifact.info.router, pseudo_labels and not synthetic
+    if learn and hear_heads and before.standardize == "length" and not before.evidence:
+        artifact = _with_heads_heard(artifact, pixel_values, progress)
     known = None if synthetic else _deepest(artifact)
     taps = (Tap(default_routing_layer(artifact.info.vision.layers), "mlp"),) if learn else ()
     # Evidence has a scale of its own, and shares of the feature's length are on one scale already.
@@ -118,7 +124,7 @@ def calibrate_pool(
         level="synthetic" if synthetic else "pool",
         images={"pool": len(pixel_values)},
         sources={"pool": source} if source else None,
-        router=artifact.info.router,
+        router=before,
     )
     calibrated = _calibrated(artifact, info, Calibration(offset, scale))
     if known is None:
@@ -283,12 +289,28 @@ def _own_answers(
 ) -> NDArray[np.int64]:
     """The task that the router itself gives each image. [n]"""
     model = MassModel(artifact)
+    return _answers(lambda images: -model.residuals(images), pixel_values, progress)
+
+
+def _answers(
+    score: Callable[[Tensor], Tensor], pixel_values: NDArray[np.float32], progress: Progress
+) -> NDArray[np.int64]:
+    """The task with the highest score, image by image. [n]"""
     parts: list[Tensor] = []
     for start in progress.track(list(range(0, len(pixel_values), BATCH)), "Routing the calibration images"):
-        batch = torch.from_numpy(pixel_values[start : start + BATCH])
-        parts += [model.residuals(batch).argmin(dim=1)]
+        parts += [score(torch.from_numpy(pixel_values[start : start + BATCH])).argmax(dim=1)]
     labels: NDArray[np.int64] = torch.cat(parts).numpy()
     return labels
+
+
+def _with_heads_heard(artifact: Artifact, pixel_values: NDArray[np.float32], progress: Progress) -> Artifact:
+    """With head evidence, if it and the residuals mostly see the same tasks in the images."""
+    heads = _answers(MassModel(artifact).evidence, pixel_values, progress)
+    if agreement(_own_answers(artifact, pixel_values, progress), heads) < LEAST_AGREEMENT:
+        return artifact
+    router = artifact.info.router
+    router = dataclasses.replace(router, evidence=EVIDENCE_WEIGHT[router.standardize])
+    return dataclasses.replace(artifact, info=dataclasses.replace(artifact.info, router=router))
 
 
 def _deepest(artifact: Artifact) -> Tap:

@@ -20,6 +20,7 @@ def calibrate_from_files(
     task_images: Sequence[str] = (),
     synthetic: bool = False,
     limit: int | None = None,
+    hear_heads: bool = True,
     stop_early: bool = True,
     progress: Progress,
 ) -> tuple[Artifact, str]:
@@ -31,6 +32,7 @@ def calibrate_from_files(
         task_images: `task=folder` pairs.
         synthetic: make images from noise.
         limit: images per folder, at most.
+        hear_heads: see `calibrate_pool`.
         stop_early: see `calibrate_task_images`.
         progress: where to show it.
 
@@ -49,8 +51,12 @@ def calibrate_from_files(
         return calibrated, f"residuals scaled on {len(images)} synthetic images"
     if pool is not None:
         images = load_pool(pool, spec, limit)
-        calibrated = calibrate_pool(artifact, images, source=str(pool), progress=progress)
-        return calibrated, f"router calibrated on {len(images)} images"
+        calibrated = calibrate_pool(
+            artifact, images, hear_heads=hear_heads, source=str(pool), progress=progress
+        )
+        heard = calibrated.info.router.evidence and not artifact.info.router.evidence
+        heads = "; what the heads say agrees with the residuals and is used" if heard else ""
+        return calibrated, f"router calibrated on {len(images)} images{heads}"
     folders = dict(_pair(text) for text in task_images)
     if len(folders) < len(task_images):
         raise DataError(f"--task-images: a task is given twice in {', '.join(task_images)}.")

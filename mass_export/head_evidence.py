@@ -7,6 +7,9 @@ It tells tasks apart only where class vectors share what is common to their task
 and probes trained with softmax need not. So the class vectors themselves are put to the test, each in place of an
 image's feature: the other classes of its head must claim it (leave one out), and it must lie closer to these than to
 the classes of other heads.
+
+Heads that fail may still know something of their task. Unlabelled images can tell (`mass calibrate --pool`): evidence
+that agrees with the residuals far more often than by chance is used.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mass_export.heads import Head
@@ -25,6 +30,7 @@ EVIDENCE_SCALE = 28.0
 EVIDENCE_WEIGHT = {"length": 1.0, "tasks": 2.0, "none": 2.0}
 LEAST_ACCURACY = 0.8
 LEAST_GAP = 0.1
+LEAST_AGREEMENT = 0.5
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,21 @@ def judge_heads(heads: Sequence[Head]) -> EvidenceTest:
     return EvidenceTest(
         float(torch.stack(shares).mean()), float((torch.stack(within) - torch.stack(across)).mean())
     )
+
+
+def agreement(answers: NDArray[np.int64], others: NDArray[np.int64]) -> float:
+    """How often two give the same answer, beyond what their shares of answers make likely: Cohen's kappa.
+
+    Args:
+        answers: of some images. [n]
+        others: of the same. [n]
+
+    Returns:
+        1 if always, 0 as by chance
+    """
+    names = np.unique(np.concatenate([answers, others]))
+    by_chance = float(sum((answers == name).mean() * (others == name).mean() for name in names))
+    return (float((answers == others).mean()) - by_chance) / max(1 - by_chance, 1e-12)
 
 
 def with_evidence_decided(router: RouterSettings, heads: Sequence[Head]) -> RouterSettings:

@@ -103,10 +103,7 @@ class MassModel:
                 score = score - info.calibration.discriminant_weight * posterior
         if router.evidence:
             assert router.evidence != "auto"
-            feature = encode(self._first_pass, pixel_values, spec)
-            sizes = [len(task.classes) for task in self.artifact.info.tasks]
-            logits = feature @ self._head_weight.T + self._head_bias
-            evidence = head_evidence(logits * self._evidence_scales, sizes)
+            evidence = self.evidence(pixel_values)
             lead = evidence if router.standardize == "length" else standardize_over_tasks(evidence)
             score = score - router.evidence * lead
         unknown = None
@@ -122,6 +119,15 @@ class MassModel:
         if info.calibration is not None and info.calibration.stops:
             return self._stopped(features, score, unknown)
         return score, unknown
+
+    @torch.inference_mode()
+    def evidence(self, pixel_values: Tensor) -> Tensor:
+        """What each head makes of the first pass' own feature, see `head_evidence`. [B, 3, H, W] -> [B, T]"""
+        feature = encode(self._first_pass, pixel_values.to(self.dtype), self.artifact.info.vision)
+        logits = feature @ self._head_weight.T + self._head_bias
+        return head_evidence(
+            logits * self._evidence_scales, [len(t.classes) for t in self.artifact.info.tasks]
+        )
 
     def _stopped(
         self, features: Mapping[Tap, Tensor], score: Tensor, unknown: Tensor | None

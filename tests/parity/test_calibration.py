@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mass_export.artifact import Artifact, read_artifact, write_artifact
 from mass_export.calibration import calibrate_pool, calibrate_task_images, tap_features
 from mass_export.discriminant import cross_validate, fit_discriminant
 from mass_export.errors import DataError
+from mass_export.head_evidence import agreement
 from mass_export.merge import merge
 from mass_export.model import MassModel
 from mass_export.onnx_export import export_bundle
@@ -196,6 +199,35 @@ def test_where_heads_speak_synthetic_images_change_nothing(artifact: Artifact) -
         MassModel(a, torch.float64).residuals(torch.from_numpy(images)) for a in (speaking, calibrated)
     )
     torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_a_pool_hears_heads_that_agree_with_the_residuals(
+    pico_files: Callable[..., Path], tmp_path: Path, *, agree: bool
+) -> None:
+    router = {"layers": [1, 2], "standardize": "length", "mode": "top1", "evidence": 0}
+    artifact = merge(load_recipe(pico_files(tasks=3, base_merge="zeroshot", router=router)), QUIET)
+    images = synthetic_images(artifact, 240)
+    model, batch = MassModel(artifact), torch.from_numpy(images)
+    same = (model.residuals(batch).argmin(dim=1) == model.evidence(batch).argmax(dim=1)).numpy()
+    pool = images[same == agree]
+    calibrated = calibrate_pool(artifact, pool, progress=QUIET)
+    assert calibrated.info.router.evidence == (1.0 if agree else 0.0)
+    assert calibrate_pool(artifact, pool, hear_heads=False, progress=QUIET).info.router.evidence == 0
+    assert calibrated.without_calibration().info == artifact.info
+    assert_exported_equals_eager(calibrated, tmp_path)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
+def test_agreement_is_cohens_kappa(pairs: list[tuple[int, int]]) -> None:
+    ours, others = (np.array(column) for column in zip(*pairs, strict=True))
+    assert agreement(ours, others) == pytest.approx(agreement(others, ours))
+    assert agreement(ours, others) <= 1 + 1e-9
+    table = np.zeros((4, 4))
+    np.add.at(table, (ours, others), 1 / len(ours))
+    by_chance = table.sum(axis=1) @ table.sum(axis=0)
+    if by_chance < 1 - 1e-9:
+        assert agreement(ours, others) == pytest.approx((np.trace(table) - by_chance) / (1 - by_chance))
 
 
 def test_calibrating_again_starts_from_the_settings_of_the_merge(
