@@ -3,9 +3,10 @@
 Three levels, by what one may know:
 
 - `synthetic`: nothing. Images made from noise show which residuals are small for any input at all.
-- `pool`: unlabelled images. Mean and spread of each task's residual at each tap remove the per-task bias where no
-  head evidence does. Heads that were not trusted are heard where they agree with the residuals. The router's own
-  answers then serve as labels, once, for the discriminant below.
+- `pool`: unlabelled images. The per-task bias of the residuals at each tap is removed: of those relative to the
+  feature's length as far as it exceeds what images differ by, of others with their spread unless heads speak. Heads
+  that were not trusted are heard where they agree with the residuals. The router's own answers then serve as labels,
+  once, for the discriminant below.
 - `task_images`: a few images a task, no class labels. A linear discriminant with shrunk covariance names the task. It
   reads all mlp inputs up to a block that is early enough for the first pass to get shorter, and where that saves more,
   image by image up to the first block that is sure (`mass_export.early_stops`).
@@ -112,14 +113,15 @@ def calibrate_pool(
     taps = (Tap(default_routing_layer(artifact.info.vision.layers), "mlp"),) if learn else ()
     # Evidence has a scale of its own, and shares of the feature's length are on one scale already.
     relative = artifact.info.router.standardize == "length" and not synthetic
-    scaled = () if artifact.info.router.evidence or relative else artifact.info.taps()
-    read = {*taps, *scaled} if known is None else {*taps, *scaled, known}
+    removed = () if artifact.info.router.evidence and not relative else artifact.info.taps()
+    read = {*taps, *removed} if known is None else {*taps, *removed, known}
     features = tap_features(artifact, pixel_values, sorted(read), progress)
-    if scaled:
+    shape = (len(artifact.info.taps()), len(artifact.tasks))
+    offset, scale = torch.zeros(shape), torch.ones(shape)
+    if relative:
+        offset = _shrunk_bias(artifact, features)
+    elif removed:
         offset, scale = _residual_statistics(artifact, features)
-    else:
-        shape = (len(artifact.info.taps()), len(artifact.tasks))
-        offset, scale = torch.zeros(shape), torch.ones(shape)
     info = CalibrationInfo(
         level="synthetic" if synthetic else "pool",
         images={"pool": len(pixel_values)},
@@ -360,6 +362,28 @@ def _with_absent_tasks(
 
 def _residual_statistics(artifact: Artifact, features: Mapping[Tap, Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each task's residual at each tap, so that the score has z-scores: [L, T] each."""
+    residuals = _residuals(artifact, features)
+    unit = RELATIVE_SCALE if artifact.info.router.standardize == "length" else 1.0
+    return residuals.mean(dim=1).float(), (unit * residuals.std(dim=1).clamp_min(1e-6)).float()
+
+
+def _shrunk_bias(artifact: Artifact, features: Mapping[Tap, Tensor]) -> Tensor:
+    """What a task's residual at a tap differs by from all tasks' on average, as far as this is more than images do.
+
+    Where a task's subspace holds what all images share, its residual is small for all of them; that is seen in the
+    mean over the images, which also differs because tasks are not equally frequent. So only a share of the difference
+    is taken: the tasks' means vary by V, the residuals of an image without them by W; the share is V / (V + W). [L, T]
+    """
+    residuals = _residuals(artifact, features)  # [L, n, T]
+    means = residuals.mean(dim=1)
+    bias = means - means.mean(dim=1, keepdim=True)
+    between = bias.square().mean(dim=1)
+    within = (residuals - means[:, None]).var(dim=2, correction=0).mean(dim=1)
+    return ((between / (between + within).clamp_min(1e-12))[:, None] * bias).float()
+
+
+def _residuals(artifact: Artifact, features: Mapping[Tap, Tensor]) -> Tensor:
+    """Of images at the router's taps, relative to the feature's length where it reads them so. [L, n, T]"""
     router, rows = artifact.info.router, []
     for tap in artifact.info.taps():
         bases = [of_task[tap.parameter].double() for of_task in artifact.routing_bases]
@@ -368,9 +392,7 @@ def _residual_statistics(artifact: Artifact, features: Mapping[Tap, Tensor]) -> 
         rows.append(
             residuals / feature_length(features[tap], router.norm)[:, None] if relative else residuals
         )
-    stacked = torch.stack(rows)  # [L, n, T]
-    unit = RELATIVE_SCALE if router.standardize == "length" else 1.0
-    return stacked.mean(dim=1).float(), (unit * stacked.std(dim=1).clamp_min(1e-6)).float()
+    return torch.stack(rows)
 
 
 def _calibrated(artifact: Artifact, info: CalibrationInfo, calibration: Calibration) -> Artifact:

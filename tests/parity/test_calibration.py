@@ -218,6 +218,29 @@ def test_a_pool_hears_heads_that_agree_with_the_residuals(
     assert_exported_equals_eager(calibrated, tmp_path)
 
 
+def test_a_pool_removes_bias_as_far_as_it_exceeds_what_images_differ_by(
+    pico_files: Callable[..., Path], tmp_path: Path
+) -> None:
+    router = {"layers": [0, 2], "standardize": "length", "mode": "top1", "evidence": 0}
+    artifact = merge(load_recipe(pico_files(tasks=3, base_merge="zeroshot", router=router)), QUIET)
+    pool = np.random.default_rng(0).normal(size=(40, 3, 16, 16)).astype(np.float32)
+    calibrated = calibrate_pool(artifact, pool, hear_heads=False, pseudo_labels=False, progress=QUIET)
+    assert calibrated.calibration is not None
+    features = tap_features(artifact, pool, artifact.info.taps(), QUIET)
+    for tap, offset in zip(artifact.info.taps(), calibrated.calibration.offset.numpy(), strict=True):
+        z = features[tap].numpy()
+        length = np.linalg.norm(z, axis=1)
+        bases = [of_task[tap.parameter].double().numpy() for of_task in artifact.routing_bases]
+        share = np.stack([np.linalg.norm(z - z @ vh.T @ vh, axis=1) / length for vh in bases], axis=1)
+        means = share.mean(axis=0)
+        between, within = means.var(), np.mean(np.var(share - means, axis=1))
+        expected = between / (between + within) * (means - means.mean())
+        np.testing.assert_allclose(offset, expected, rtol=1e-4, atol=1e-6)
+        assert between / (between + within) > 0.05
+    np.testing.assert_array_equal(calibrated.calibration.scale, 1)
+    assert_exported_equals_eager(calibrated, tmp_path)
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
 def test_agreement_is_cohens_kappa(pairs: list[tuple[int, int]]) -> None:
     ours, others = (np.array(column) for column in zip(*pairs, strict=True))
