@@ -39,7 +39,7 @@ from mass_export.discriminant import (
 )
 from mass_export.early_stops import choose_stops, no_stops
 from mass_export.errors import DataError
-from mass_export.head_evidence import EVIDENCE_WEIGHT, LEAST_AGREEMENT, agreement
+from mass_export.head_evidence import EVIDENCE_WEIGHT, HEARD_WEIGHT, LEAST_AGREEMENT, agreement
 from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.router_spec import CalibrationInfo, Tap, default_routing_layer
@@ -311,7 +311,7 @@ def _with_heads_heard(artifact: Artifact, pixel_values: NDArray[np.float32], pro
     if agreement(_own_answers(artifact, pixel_values, progress), heads) < LEAST_AGREEMENT:
         return artifact
     router = artifact.info.router
-    router = dataclasses.replace(router, evidence=EVIDENCE_WEIGHT[router.standardize])
+    router = dataclasses.replace(router, evidence=HEARD_WEIGHT * EVIDENCE_WEIGHT[router.standardize])
     return dataclasses.replace(artifact, info=dataclasses.replace(artifact.info, router=router))
 
 

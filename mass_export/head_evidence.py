@@ -9,7 +9,7 @@ image's feature: the other classes of its head must claim it (leave one out), an
 the classes of other heads.
 
 Heads that fail may still know something of their task. Unlabelled images can tell (`mass calibrate --pool`): evidence
-that agrees with the residuals far more often than by chance is used.
+that agrees with the residuals far more often than by chance is used, with half the weight.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ EVIDENCE_SCALE = 28.0
 EVIDENCE_WEIGHT = {"length": 1.0, "tasks": 2.0, "none": 2.0}
 LEAST_ACCURACY = 0.8
 LEAST_GAP = 0.1
-LEAST_AGREEMENT = 0.5
+LEAST_AGREEMENT = 0.6
+HEARD_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
