@@ -11,8 +11,8 @@ see `mass_export.safetensors_writer`). Tensors:
     heads.<task>.weight|bias             [C, E], [C]; the bias is optional
     calibration.offset|scale             mean and spread of each task's residual at each tap: [L, T]; optional
     calibration.weight|bias              linear discriminant over M taps: [T, M*D], [T]; optional
-    calibration.whiten|centres           what known images look like: [D, D], [K, D]; optional
-    calibration.stop_*                   the same four at each of E early stops: [E, ..]; optional
+    calibration.whiten|centres|nothing   what known images look like, and dull ones: [D, D], [K, D], [M, D]; optional
+    calibration.stop_*                   the same five at each of E early stops: [E, ..]; optional
 
 Tensors are float32, float16 or bfloat16 in the file, or encoded (`mass_export.factor_storage`), and float32 once
 read. Equal artifacts give equal bytes.
@@ -41,7 +41,8 @@ from mass_export.safetensors_writer import has_its_checksum, write_safetensors
 from mass_export.spec import ArtifactInfo
 
 STOPS = ("stop_weight", "stop_bias", "stop_whiten", "stop_centres")
-CALIBRATION_OPTIONAL = ("weight", "bias", "whiten", "centres", *STOPS)
+NOTHING = ("nothing", "stop_nothing")  # older artifacts have none
+CALIBRATION_OPTIONAL = ("weight", "bias", "whiten", "centres", *STOPS, *NOTHING)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ANY_RANK = -1
 
@@ -66,8 +67,10 @@ class Calibration:
         whiten: inverse square root of the features' covariance within groups at `info.calibration.unknown`.
             [D, D] or None
         centres: whitened means of the K groups. [K, D] or None
+        nothing: whitened features of M images of nothing. [M, D] or None
         stop_weight, stop_bias: discriminants of the early stops, zero where one does not read. [E, T, M*D], [E, T]
         stop_whiten, stop_centres: what known images look like there, scaled to the one threshold. [E, D, D], [E, K, D]
+        stop_nothing: the same for `nothing`. [E, M, D] or None
     """
 
     offset: Tensor
@@ -80,6 +83,8 @@ class Calibration:
     stop_bias: Tensor | None = None
     stop_whiten: Tensor | None = None
     stop_centres: Tensor | None = None
+    nothing: Tensor | None = None
+    stop_nothing: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name."""
@@ -270,6 +275,7 @@ def _expected_shapes(info: ArtifactInfo) -> dict[str, tuple[int, ...]]:
         if info.calibration.unknown is not None:
             expected["calibration.whiten"] = (vision.width, vision.width)
             expected["calibration.centres"] = (_ANY_RANK, vision.width)
+            expected["calibration.nothing"] = (_ANY_RANK, vision.width)
         expected |= _stop_shapes(info.calibration, expected)
     return expected
 
@@ -278,7 +284,7 @@ def _stop_shapes(
     info: CalibrationInfo, expected: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     """Tensors of the early stops: those of the last, for each of them."""
-    known = ("whiten", "centres") if info.unknown is not None else ()
+    known = ("whiten", "centres", "nothing") if info.unknown is not None else ()
     names = ("weight", "bias", *known) if info.stops else ()
     return {f"calibration.stop_{name}": (len(info.stops), *expected[f"calibration.{name}"]) for name in names}
 
@@ -287,6 +293,7 @@ def _check_layout(tensors: Mapping[str, Tensor], info: ArtifactInfo, where: str)
     """Compare names, shapes, ranks and dtypes with the header; every problem is named at once."""
     expected = _expected_shapes(info)
     optional = {f"heads.{task.name}.bias" for task in info.tasks}
+    optional |= {f"calibration.{name}" for name in NOTHING}
     problems = [f"{name} is missing" for name in sorted(set(expected) - set(tensors) - optional)]
     problems += [f"{name} is unexpected" for name in sorted(set(tensors) - set(expected))]
     for name, tensor in tensors.items():

@@ -12,7 +12,8 @@ Three levels, by what one may know:
   image by image up to the first block that is sure (`mass_export.early_stops`).
 
 Images also show what known ones look like: at the deepest place that the router reads, the distance to the nearest
-task's mean, in units of the spread within tasks, says how unknown an image is.
+task's mean, in units of the spread within tasks, says how unknown an image is, the more so if it lies
+nearer to dull images.
 
 Statistics are computed in float64.
 """
@@ -44,6 +45,7 @@ from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.router_spec import CalibrationInfo, Tap, default_routing_layer
 from mass_export.routing import RELATIVE_SCALE, feature_length, projection_residuals, routing_feature
+from mass_export.synthetic_images import dull_images
 from mass_export.vit import tap_tokens
 from runtime.verification import two_best
 
@@ -136,7 +138,8 @@ def calibrate_pool(
     if not len(rows):
         return calibrated
     given, labels = np.unique(answers[rows], return_inverse=True)
-    calibrated = _with_known_images(calibrated, known, features[known].numpy()[rows], labels)
+    dull = _dull_features(artifact, pixel_values, [known])
+    calibrated = _with_known_images(calibrated, known, features[known].numpy()[rows], labels, dull[known])
     if not learn or len(given) < 2:
         return calibrated
     weight, bias = _with_absent_tasks(
@@ -237,21 +240,23 @@ def calibrate_task_images(
     artifact = dataclasses.replace(artifact, info=dataclasses.replace(artifact.info, router=router))
     artifact = _calibrated(artifact, info, Calibration(offset, scale, weight, bias))
     if not incomplete:  # else images of the other tasks would be unknown
-        artifact = _with_known_images(artifact, chosen, features[chosen].numpy(), labels)
-    if early.stops:
-        fitted = [discriminant(stop) for stop in early.stops]
-        at_stops = [features[taps[stop]].numpy() for stop in early.stops]
-        artifact = _with_early_stops(artifact, fitted, at_stops, labels)
+        stopped = [taps[stop] for stop in early.stops]
+        dull = _dull_features(artifact, pixel_values, [*stopped, chosen])
+        artifact = _with_known_images(artifact, chosen, features[chosen].numpy(), labels, dull[chosen])
+        if early.stops:
+            fitted = [discriminant(stop) for stop in early.stops]
+            at_stops = [(features[tap].numpy(), dull[tap]) for tap in stopped]
+            artifact = _with_early_stops(artifact, fitted, at_stops, labels)
     return artifact, trials
 
 
 def _with_early_stops(
     artifact: Artifact,
     discriminants: Sequence[tuple[Tensor, Tensor]],
-    features: Sequence[NDArray[np.float64]],
+    features: Sequence[tuple[NDArray[np.float64], Tensor]],
     labels: NDArray[np.int64],
 ) -> Artifact:
-    """The artifact with what its early stops know: discriminants [T, m*D], [T], and features there [n, D]."""
+    """The artifact with what its early stops know: discriminants [T, m*D], [T], features there [n, D], dull [M, D]."""
     info, calibration = artifact.info.calibration, artifact.calibration
     assert info is not None
     assert info.unknown_threshold is not None
@@ -260,15 +265,16 @@ def _with_early_stops(
     whole = calibration.weight.shape[1]
     weights = [torch.nn.functional.pad(weight, (0, whole - weight.shape[1])) for weight, _ in discriminants]
     known = []
-    for at_stop in features:
-        threshold, *parts = _known_images(at_stop, labels)
+    for at_stop, dull in features:
+        threshold, *parts = _known_images(at_stop, labels, dull)
         known.append([info.unknown_threshold / threshold * part for part in parts])
     calibration = dataclasses.replace(
         calibration,
         stop_weight=torch.stack(weights),
         stop_bias=torch.stack([bias for _, bias in discriminants]),
-        stop_whiten=torch.stack([whiten for whiten, _ in known]).float(),
-        stop_centres=torch.stack([centres for _, centres in known]).float(),
+        stop_whiten=torch.stack([whiten for whiten, _, _ in known]).float(),
+        stop_centres=torch.stack([centres for _, centres, _ in known]).float(),
+        stop_nothing=torch.stack([nothing for _, _, nothing in known]).float(),
     )
     return dataclasses.replace(artifact, calibration=calibration)
 
@@ -323,24 +329,37 @@ def _deepest(artifact: Artifact) -> Tap:
 
 
 def _with_known_images(
-    artifact: Artifact, tap: Tap, features: NDArray[np.float64], labels: NDArray[np.int64]
+    artifact: Artifact, tap: Tap, features: NDArray[np.float64], labels: NDArray[np.int64], dull: Tensor
 ) -> Artifact:
-    """The calibrated artifact with what its images look like at a tap: features [n, D], tasks 0..K-1 [n]."""
+    """The calibrated artifact with what images look like at a tap: features [n, D], tasks 0..K-1 [n], dull [M, D]."""
     info, calibration = artifact.info.calibration, artifact.calibration
     assert info is not None
     assert calibration is not None
-    threshold, whiten, centres = _known_images(features, labels)
+    threshold, whiten, centres, nothing = _known_images(features, labels, dull)
     return _calibrated(
         artifact,
         dataclasses.replace(info, unknown=tap, unknown_threshold=threshold),
-        dataclasses.replace(calibration, whiten=whiten.float(), centres=centres.float()),
+        dataclasses.replace(
+            calibration, whiten=whiten.float(), centres=centres.float(), nothing=nothing.float()
+        ),
     )
 
 
-def _known_images(features: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, Tensor, Tensor]:
-    """The distance that few of the images exceed, and what they look like: see `fit_known_images`."""
-    distances = cross_validated_distances(features, labels)
-    return float(np.quantile(distances, 1 - FALSE_ALARMS)), *fit_known_images(features, labels)
+def _known_images(
+    features: NDArray[np.float64], labels: NDArray[np.int64], dull: Tensor
+) -> tuple[float, Tensor, Tensor, Tensor]:
+    """The distance that few of the images exceed, and what `whitened_distance` compares with: [D, D], [K, D], [M, D]"""
+    distances = cross_validated_distances(features, labels, dull)
+    whiten, centres = fit_known_images(features, labels)
+    return float(np.quantile(distances, 1 - FALSE_ALARMS)), whiten, centres, dull @ whiten
+
+
+def _dull_features(
+    artifact: Artifact, pixel_values: NDArray[np.float32], taps: Sequence[Tap]
+) -> dict[Tap, Tensor]:
+    """Of images that show nothing, made of the calibration images: [M, D] float64 by tap."""
+    dull = dull_images(pixel_values, artifact.info.preprocess)
+    return tap_features(artifact, dull, sorted(set(taps)), Progress(quiet=True))
 
 
 def _joined(features: Mapping[Tap, Tensor], taps: Sequence[Tap]) -> NDArray[np.float64]:

@@ -119,13 +119,23 @@ def fit_known_images(features: NDArray[np.float64], labels: NDArray[np.int64]) -
 
 
 def cross_validated_distances(
-    features: NDArray[np.float64], labels: NDArray[np.int64]
+    features: NDArray[np.float64], labels: NDArray[np.int64], dull: Tensor
 ) -> NDArray[np.float64]:
-    """Distance of each image by the fit that has not seen its fold; each task has two images at least. [n]"""
+    """Distance of each image by the fit that has not seen its fold; each task has two images at least.
+
+    Args:
+        features: [n, D]
+        labels: task of each, 0..K-1. [n]
+        dull: features of images of nothing. [M, D] float64
+
+    Returns:
+        see `whitened_distance`. [n]
+    """
     distances = np.empty(len(labels))
     for held in _folds(labels):
-        known = fit_known_images(features[~held], labels[~held])
-        distances[held] = whitened_distance(torch.from_numpy(features[held]), *known).numpy()
+        whiten, centres = fit_known_images(features[~held], labels[~held])
+        held_out = torch.from_numpy(features[held])
+        distances[held] = whitened_distance(held_out, whiten, centres, dull @ whiten).numpy()
     return distances
 
 

@@ -112,7 +112,10 @@ class MassModel:
             assert calibration.whiten is not None
             assert calibration.centres is not None
             unknown = whitened_distance(
-                features[info.calibration.unknown], calibration.whiten, calibration.centres
+                features[info.calibration.unknown],
+                calibration.whiten,
+                calibration.centres,
+                calibration.nothing,
             )
         elif by_tap:
             unknown = unknown_score(features[info.taps()[-1]], by_tap[-1], router.norm, evidence)
@@ -148,7 +151,8 @@ class MassModel:
             if unknown is not None:
                 assert calibration.stop_whiten is not None
                 assert calibration.stop_centres is not None
-                known = calibration.stop_whiten[index], calibration.stop_centres[index]
+                nothing = None if calibration.stop_nothing is None else calibration.stop_nothing[index]
+                known = calibration.stop_whiten[index], calibration.stop_centres[index], nothing
                 unknown = torch.where(sure, whitened_distance(features[taps[-1]], *known), unknown)
         return score, unknown
 

@@ -13,7 +13,13 @@ from mass_export.artifact import Artifact
 from mass_export.graph import Graph
 from mass_export.head_evidence import evidence_scales
 from mass_export.router_spec import Norm, Tap
-from mass_export.routing import COVARIANCE_RIDGE, LEAST_LENGTH, RELATIVE_SCALE, UNKNOWN_RESIDUAL_WEIGHT
+from mass_export.routing import (
+    COVARIANCE_RIDGE,
+    LEAST_DISTANCE,
+    LEAST_LENGTH,
+    RELATIVE_SCALE,
+    UNKNOWN_RESIDUAL_WEIGHT,
+)
 from mass_export.second_pass import add_heads
 from mass_export.vit_graph import Layers, cls_row, pool
 from runtime.routing import STD_EPSILON
@@ -59,7 +65,8 @@ def add_answer(
         assert calibration.whiten is not None
         assert calibration.centres is not None
         z = features[info.calibration.unknown]
-        unknown = _whitened_distance(graph, z, calibration.whiten, calibration.centres, "router")
+        known = calibration.whiten, calibration.centres, calibration.nothing
+        unknown = _whitened_distance(graph, z, *known, "router")
     elif last_residuals is not None:
         unknown = share = _least_share(graph, features[info.taps()[-1]], last_residuals, router.norm)
         if evidence is not None:
@@ -84,8 +91,9 @@ def add_early_answer(
     score = graph.op("Mul", posterior, graph.scalar(-info.discriminant_weight))
     if calibration.stop_whiten is None or calibration.stop_centres is None:
         return score, None
-    whiten, centres = calibration.stop_whiten[index], calibration.stop_centres[index]
-    return score, _whitened_distance(graph, features[taps[-1]], whiten, centres, f"router.stop{index}")
+    nothing = None if calibration.stop_nothing is None else calibration.stop_nothing[index]
+    known = calibration.stop_whiten[index], calibration.stop_centres[index], nothing
+    return score, _whitened_distance(graph, features[taps[-1]], *known, f"router.stop{index}")
 
 
 def add_choice(
@@ -151,14 +159,26 @@ def _length(graph: Graph, z: ir.Value, norm: Norm, keepdims: int) -> ir.Value:
     return graph.op("Max", length, graph.scalar(LEAST_LENGTH))
 
 
-def _whitened_distance(graph: Graph, z: ir.Value, whiten: Tensor, centres: Tensor, name: str) -> ir.Value:
-    """Distance to the nearest centre of the calibration images, z [B, D]: -> [B]"""
+def _whitened_distance(
+    graph: Graph, z: ir.Value, whiten: Tensor, centres: Tensor, nothing: Tensor | None, name: str
+) -> ir.Value:
+    """`mass_export.routing.whitened_distance`: z [B, D] -> [B]"""
     white = graph.op("MatMul", z, graph.weight(f"{name}.whiten", whiten.float().numpy()))
-    middles = graph.weight(f"{name}.centres", centres.float().numpy())  # [K, D]
-    differences = graph.op("Sub", graph.op("Unsqueeze", white, graph.integers(1)), middles)  # [B, K, D]
-    squared = graph.op("Mul", differences, differences)
-    mean = graph.op("ReduceMean", squared, graph.integers(-1), keepdims=0)  # [B, K]
-    return graph.op("Sqrt", graph.op("ReduceMin", mean, graph.integers(-1), keepdims=0))
+    white = graph.op("Unsqueeze", white, graph.integers(1))
+
+    def nearest(points: Tensor, what: str) -> ir.Value:
+        differences = graph.op(
+            "Sub", white, graph.weight(f"{name}.{what}", points.float().numpy())
+        )  # [B, K, D]
+        squared = graph.op("Mul", differences, differences)
+        mean = graph.op("ReduceMean", squared, graph.integers(-1), keepdims=0)  # [B, K]
+        return graph.op("Sqrt", graph.op("ReduceMin", mean, graph.integers(-1), keepdims=0))
+
+    known = nearest(centres, "centres")
+    if nothing is None:
+        return known
+    other = graph.op("Max", nearest(nothing, "nothing"), graph.scalar(LEAST_DISTANCE))
+    return graph.op("Mul", known, graph.op("Max", graph.op("Div", known, other), graph.scalar(1.0)))
 
 
 def _log_posterior(graph: Graph, z: ir.Value, weight: Tensor, bias: Tensor, name: str) -> ir.Value:

@@ -20,6 +20,7 @@ COVARIANCE_RIDGE = 1e-3
 UNKNOWN_RESIDUAL_WEIGHT = 20.0
 # The same for the mean over the taps in the router's score: chosen on validation images of the zoo, flat from 40 to 80.
 RELATIVE_SCALE = 60.0
+LEAST_DISTANCE = 1e-3
 LEAST_LENGTH = 1e-12
 
 
@@ -113,19 +114,28 @@ def unknown_score(z: Tensor, residuals: Tensor, norm: Norm, evidence: Tensor | N
     return share if evidence is None else UNKNOWN_RESIDUAL_WEIGHT * share - evidence.amax(dim=1)
 
 
-def whitened_distance(z: Tensor, whiten: Tensor, centres: Tensor) -> Tensor:
+def whitened_distance(z: Tensor, whiten: Tensor, centres: Tensor, nothing: Tensor | None = None) -> Tensor:
     """Root mean square of the whitened feature's differences to the nearest centre; about 1 for known images.
+
+    Blank and dull images lie between the tasks' means, as near to them as known ones. But they lie nearer still to
+    images of nothing; then the distance grows by the ratio of the two.
 
     Args:
         z: [B, D]
         whiten: inverse square root of the covariance. [D, D]
         centres: whitened. [K, D]
+        nothing: whitened features of images of nothing. [M, D]
 
     Returns:
         distance: >= 0. [B]
     """
-    differences = (z @ whiten)[:, None, :] - centres
-    return differences.square().mean(dim=2).amin(dim=1).sqrt()
+    white = z @ whiten
+    known, *other = (
+        (white[:, None, :] - points).square().mean(dim=2).amin(dim=1).sqrt()
+        for points in (centres, nothing)
+        if points is not None
+    )
+    return known * (known / other[0].clamp_min(LEAST_DISTANCE)).clamp_min(1) if other else known
 
 
 def log_posterior(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from mass_export.artifact import Artifact
 from mass_export.verify import enlarged
+from runtime.bundle import PreprocessSpec
 
 SYNTHETIC_IMAGES = 256
+DULL_IMAGES = 16  # of a kind
 
 
 def synthetic_images(artifact: Artifact, count: int = SYNTHETIC_IMAGES, seed: int = 0) -> NDArray[np.float32]:
@@ -44,6 +46,34 @@ def synthetic_images(artifact: Artifact, count: int = SYNTHETIC_IMAGES, seed: in
     spec = artifact.info.preprocess
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (spec.mean, spec.std))
     normalised: NDArray[np.float32] = (images - mean) / std
+    return normalised
+
+
+def dull_images(
+    pixel_values: NDArray[np.float32], spec: PreprocessSpec, seed: int = 0
+) -> NDArray[np.float32]:
+    """Images that show nothing: the given ones at a tenth of their contrast, blank ones, smooth gradients.
+
+    Args:
+        pixel_values: normalised; some are taken. [n, 3, H, W]
+        spec: of the normalisation.
+        seed: of the choice.
+
+    Returns:
+        normalised. [M, 3, H, W]
+    """
+    rng = np.random.default_rng(seed)
+    H, W = spec.image_size
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (spec.mean, spec.std))
+    pictures = pixel_values[rng.permutation(len(pixel_values))[:DULL_IMAGES]] * std + mean
+    middle = pictures.mean(axis=(2, 3), keepdims=True)
+    blank = np.concatenate([np.linspace(0, 1, 8)[:, None] * np.ones(3), rng.random((DULL_IMAGES // 2, 3))])
+    images = [
+        middle + (pictures - middle) / 10,
+        np.broadcast_to(blank[:, :, None, None], (len(blank), 3, H, W)),
+        gradient(rng.random((DULL_IMAGES, 3, 2, 2)), H, W),
+    ]
+    normalised: NDArray[np.float32] = ((np.concatenate(images) - mean) / std).astype(np.float32)
     return normalised
 
 

@@ -191,6 +191,8 @@ def calibrated(merged):
         stop_bias=torch.zeros(1, tasks),
         stop_whiten=torch.eye(width)[None],
         stop_centres=torch.zeros(1, 2, width),
+        nothing=torch.zeros(3, width),
+        stop_nothing=torch.zeros(1, 3, width),
     )
     return dataclasses.replace(
         merged, info=dataclasses.replace(merged.info, calibration=info), calibration=tensors

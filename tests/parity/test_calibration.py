@@ -23,7 +23,8 @@ from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
 from mass_export.router_spec import Tap
-from mass_export.synthetic_images import synthetic_images
+from mass_export.routing import whitened_distance
+from mass_export.synthetic_images import dull_images, synthetic_images
 from mass_export.vit import encode
 from runtime.classifier import Classifier
 
@@ -239,6 +240,44 @@ def test_a_pool_removes_bias_as_far_as_it_exceeds_what_images_differ_by(
         assert between / (between + within) > 0.05
     np.testing.assert_array_equal(calibrated.calibration.scale, 1)
     assert_exported_equals_eager(calibrated, tmp_path)
+
+
+def test_what_is_nearer_to_nothing_is_less_known() -> None:
+    rng = np.random.default_rng(0)
+    z, whiten, centres, nothing = (
+        torch.from_numpy(rng.normal(size=size)) for size in ((50, 6), (6, 6), (3, 6), (4, 6))
+    )
+    white = (z @ whiten).numpy()
+    known, other = (
+        np.sqrt(((white[:, None] - points.numpy()) ** 2).mean(axis=2)).min(axis=1)
+        for points in (centres, nothing)
+    )
+    found = whitened_distance(z, whiten, centres, nothing).numpy()
+    np.testing.assert_allclose(found, np.where(other < known, known**2 / other, known))
+    assert 0 < np.mean(other < known) < 1
+    np.testing.assert_allclose(whitened_distance(z, whiten, centres).numpy(), known)
+    on_it = torch.linalg.solve(whiten.T, nothing[0])[None]  # the feature of a dull image itself: finite
+    assert torch.isfinite(whitened_distance(on_it, whiten, centres, nothing)).all()
+
+
+@pytest.mark.parametrize("level", ["pool", "task_images"])
+def test_dull_images_are_less_known_than_without_such_to_compare_with(artifact: Artifact, level: str) -> None:
+    images = task_images(30)
+    calibrated = (
+        calibrate_pool(artifact, np.concatenate(list(images.values())), progress=QUIET)
+        if level == "pool"
+        else calibrate_task_images(artifact, images, progress=QUIET)[0]
+    )
+    assert calibrated.calibration is not None
+    old = dataclasses.replace(
+        calibrated, calibration=dataclasses.replace(calibrated.calibration, nothing=None, stop_nothing=None)
+    )
+    dull = torch.from_numpy(dull_images(images["task1"], artifact.info.preprocess, seed=1))
+    with_dull, without = (MassModel(a).first_pass(dull)[1] for a in (calibrated, old))
+    assert with_dull is not None
+    assert without is not None
+    assert (with_dull >= without - 1e-6).all()
+    assert (with_dull > without + 1e-3).float().mean() > 0.3
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
