@@ -156,7 +156,6 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     work = [(data, None if tag == "committed" else towers / tag / "checkpoints", tag) for tag in tags]
     work += [(Path(folder), None, name) for name, _, folder in (zoo.partition("=") for zoo in zoos)]
-    tags = tuple(tag for _, _, tag in work)
     os.environ["OMP_NUM_THREADS"] = "1"
     rows = []
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -164,6 +163,13 @@ def main(
         for job in Progress().track(jobs, "Seeds"):
             rows += job.result()
     (out / "seeds.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    command = f"--data {data} {''.join(f'--zoo {zoo} ' for zoo in zoos)}--out {out}"
+    (out / "seeds.md").write_text(page(rows, tags, command), encoding="utf-8")
+    click.echo(f"Wrote {out / 'seeds.md'}")
+
+
+def page(rows: Sequence[dict[str, Any]], tags: Sequence[str], command: str) -> str:
+    """The tables: all seeds of the zoo together, then each zoo on another base."""
     columns = {"suite": "suite", "heads": "heads", "cases": "cases", "paper": "paper"}
     for level in LEVELS:
         columns |= {level: level, f"{level}_gain": "gain, points"}
@@ -173,21 +179,25 @@ def main(
         f"({', '.join(row['tasks'])}{', heads without task component' if row['centred'] else ''})"
         for level, row in least.items()
     ]
-    others = "".join(f"--zoo {zoo} " for zoo in zoos)
     sections = [
-        "# Seeds and subsets",
+        "# Seeds, subsets, another base",
         (
-            f"Made by `python scripts/study_seeds.py --data {data} {others}--out {out}` ({platform.machine()}, "
-            f"{os.cpu_count()} processors, fp32) on fine-tunings {', '.join(tags)}. Joint accuracy on test images, "
-            "task unknown, as a share of the fine-tuned models', in per cent, averaged over cases (a seed and a "
-            "subset); gains over the paper's router are paired: mean ± standard deviation over the cases, and the "
-            "smallest. The paper's router is given the block that is best on validation images of each case."
+            f"Made by `python scripts/study_seeds.py {command}` ({platform.machine()}, {os.cpu_count()} processors, "
+            "fp32). Joint accuracy on test images, task unknown, as a share of the fine-tuned models', in per cent, "
+            "averaged over cases (a fine-tuning and a subset); gains over the paper's router are paired: mean ± "
+            "standard deviation over the cases, and the smallest. The paper's router is given the block that is best "
+            "on validation images of each case."
         ),
-        markdown(summary(rows), columns),
-        "Smallest gain of each level:\n\n" + "\n".join(losses),
+        f"## The zoo, fine-tuned {len(tags)} times",
+        markdown(summary([row for row in rows if row["seed"] in tags]), columns),
     ]
-    (out / "seeds.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    click.echo(f"Wrote {out / 'seeds.md'}")
+    for other in dict.fromkeys(row["seed"] for row in rows if row["seed"] not in tags):
+        sections += [
+            f"## On another base: {other}",
+            markdown(summary([row for row in rows if row["seed"] == other]), columns),
+        ]
+    sections.append("Smallest gain of each level:\n\n" + "\n".join(losses))
+    return "\n\n".join(sections) + "\n"
 
 
 if __name__ == "__main__":
