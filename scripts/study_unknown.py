@@ -150,8 +150,10 @@ def main(data: Path, out: Path, split: str, *, quiet: bool) -> None:
             "holds, where heads speak 20 times that less the strongest evidence. It only ranks images: no threshold "
             "comes with it (`Classifier(.., unknown_threshold=..)` sets one). `mass calibrate` replaces it by the "
             "distance to the nearest task's mean in units of the spread within tasks (a whitened feature, its "
-            "covariance shrunk as the discriminant's), which also finds smooth images that lie *inside* all "
-            "subspaces; the threshold is the 95th percentile of the calibration images' own cross-validated distances."
+            "covariance shrunk as the discriminant's), which grows where dull images made for the purpose are nearer "
+            "than any task; the threshold is the 95th percentile of the calibration images' own cross-validated "
+            "distances. With 40 images a task most images are read up to an early block only, where unknown tasks are "
+            "harder to tell: `mass calibrate --no-early-stops` reads on."
         ),
     ]
     (out / "unknown.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
