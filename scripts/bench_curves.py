@@ -88,7 +88,7 @@ class Material:
 MATERIAL = (
     *(Material(T) for T in COUNTS),
     *(Material(T, "int8") for T in (8, 20)),
-    *(Material(T, precision, patch_embed="low_rank") for precision in PRECISIONS for T in (8, 20)),
+    *(Material(20, precision, patch_embed="low_rank") for precision in PRECISIONS),
     Material(20, layer=EARLY),
     Material(20, "fp16"),
     Material(20, router_precision="int8"),
