@@ -313,12 +313,12 @@ def study(suite: Suite, seed: int = 0) -> dict[str, Any]:
         ("**default**: last three quarters, head evidence", "nothing", default),
         ("default, verified where unsure", "nothing", routed_by(default, **UNSURE)),
         (
-            "half rank, scaled on a pool",
+            "half rank, bias removed on a pool",
             f"{POOL_IMAGES} images",
             calibrate_pool(no_heads, pool, pseudo_labels=False, **quiet),
         ),
         (
-            "half rank, scaled, and its own answers",
+            "the same, heads heard, and its own answers",
             f"{POOL_IMAGES} images",
             calibrate_pool(no_heads, pool, **quiet),
         ),
