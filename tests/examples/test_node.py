@@ -256,7 +256,9 @@ def test_node_runs_bundles_of_fewer_bits(bundles, tmp_path, precision):
     np.save(tmp_path / "pixel_values.npy", pixel_values)
     found = answers(bundle, tmp_path / "pixel_values.npy")
     assert [(a["task"], a["label"]) for a in found] == [(p.task, p.label) for p in expected]
-    np.testing.assert_allclose([a["score"] for a in found], [p.score for p in expected], atol=0.03)
+    # In int8 the runtime's graphs for one task round the patches, too; the second pass that Node runs does not.
+    tolerance = {"fp16": 0.03, "int8": 0.06}[precision]
+    np.testing.assert_allclose([a["score"] for a in found], [p.score for p in expected], atol=tolerance)
 
 
 def refusal(*arguments):
