@@ -86,6 +86,13 @@ class Calibration:
     nothing: Tensor | None = None
     stop_nothing: Tensor | None = None
 
+    def known_at_stop(self, index: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """What `whitened_distance` compares with at an early stop: whiten, centres, nothing; None if there is none."""
+        if self.stop_whiten is None or self.stop_centres is None:
+            return None
+        nothing = None if self.stop_nothing is None else self.stop_nothing[index]
+        return self.stop_whiten[index], self.stop_centres[index], nothing
+
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}

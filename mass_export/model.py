@@ -149,10 +149,8 @@ class MassModel:
             sure = is_sure(early, info.stop_margin)
             score = torch.where(sure[:, None], early, score)
             if unknown is not None:
-                assert calibration.stop_whiten is not None
-                assert calibration.stop_centres is not None
-                nothing = None if calibration.stop_nothing is None else calibration.stop_nothing[index]
-                known = calibration.stop_whiten[index], calibration.stop_centres[index], nothing
+                known = calibration.known_at_stop(index)
+                assert known is not None
                 unknown = torch.where(sure, whitened_distance(features[taps[-1]], *known), unknown)
         return score, unknown
 

@@ -89,10 +89,9 @@ def add_early_answer(
     z = _joined(graph, features, taps)
     posterior = _log_posterior(graph, z, weight, calibration.stop_bias[index], f"router.stop{index}")
     score = graph.op("Mul", posterior, graph.scalar(-info.discriminant_weight))
-    if calibration.stop_whiten is None or calibration.stop_centres is None:
+    known = calibration.known_at_stop(index)
+    if known is None:
         return score, None
-    nothing = None if calibration.stop_nothing is None else calibration.stop_nothing[index]
-    known = calibration.stop_whiten[index], calibration.stop_centres[index], nothing
     return score, _whitened_distance(graph, features[taps[-1]], *known, f"router.stop{index}")
 
 

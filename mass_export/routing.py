@@ -129,13 +129,15 @@ def whitened_distance(z: Tensor, whiten: Tensor, centres: Tensor, nothing: Tenso
     Returns:
         distance: >= 0. [B]
     """
-    white = z @ whiten
-    known, *other = (
-        (white[:, None, :] - points).square().mean(dim=2).amin(dim=1).sqrt()
-        for points in (centres, nothing)
-        if points is not None
-    )
-    return known * (known / other[0].clamp_min(LEAST_DISTANCE)).clamp_min(1) if other else known
+    white = (z @ whiten)[:, None, :]
+
+    def nearest(points: Tensor) -> Tensor:
+        return (white - points).square().mean(dim=2).amin(dim=1).sqrt()
+
+    known = nearest(centres)
+    if nothing is None:
+        return known
+    return known * (known / nearest(nothing).clamp_min(LEAST_DISTANCE)).clamp_min(1)
 
 
 def log_posterior(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
