@@ -24,7 +24,7 @@ from mass_export.progress import Progress
 from mass_export.recipe_fragment import Fragment, load_fragment
 from mass_export.spec import TaskInfo
 from mass_export.task_factors import ranks_of
-from runtime.bundle import sha256_of_file
+from runtime.checksums import sha256_of_file
 
 _FULL_RANK = 1.0
 

@@ -28,7 +28,8 @@ from mass_export.spec import MergeSettings, TaskInfo, VisionSpec
 from mass_export.task_factors import load_task_tower
 from mass_export.task_vectors import compute_task_vector
 from mass_export.vit import encode
-from runtime.bundle import Manifest, PreprocessSpec, sha256_of_file
+from runtime.bundle import Manifest, PreprocessSpec
+from runtime.checksums import sha256_of_file
 
 # Without validation images: what arXiv 2212.04089 (section 4) found to do well on eight image tasks.
 DEFAULT_COEFFICIENT = 0.3

@@ -16,7 +16,6 @@ from mass_export.weights_file import WeightsFile
 from runtime.bundle import (
     FIRST_PASS,
     MANIFEST_FILE,
-    FileSpec,
     Manifest,
     MatrixBases,
     PassSpec,
@@ -24,8 +23,8 @@ from runtime.bundle import (
     VectorTables,
     json_from_manifest,
     map_array,
-    sha256_of_file,
 )
+from runtime.checksums import file_specs
 
 ROUTER_WEIGHTS = "router.bin"
 # Most of what rounding does to a routing feature comes from these; see docs/speed.md.
@@ -66,7 +65,7 @@ def convert_bundle_int8(
                 _convert_part(source / file, target / file, weights, conv1)
             one_task = dataclasses.replace(one_task, tables=tables)
         matrices = tuple(stored[matrix.name].store(weights) for matrix in manifest.matrices)
-    files = {p.name: FileSpec(p.stat().st_size, sha256_of_file(p)) for p in sorted(target.iterdir())}
+    files = file_specs(target)
     converted = dataclasses.replace(
         manifest,
         passes=passes,

@@ -12,14 +12,13 @@ from mass_export.precision import HALVES, convert_file, half_array
 from mass_export.weights_file import WeightsFile
 from runtime.bundle import (
     MANIFEST_FILE,
-    FileSpec,
     Manifest,
     MatrixBases,
     StoredArray,
     json_from_manifest,
     map_array,
-    sha256_of_file,
 )
+from runtime.checksums import file_specs
 from runtime.engine_spec import Precision
 
 
@@ -51,7 +50,7 @@ def convert_bundle(source: Path, manifest: Manifest, target: Path, precision: Pr
         for spec in manifest.passes.values():
             convert_file(source / spec.file, target, weights, precision)
         matrices = tuple(_half_bases(source, matrix, weights, precision) for matrix in manifest.matrices)
-    files = {p.name: FileSpec(p.stat().st_size, sha256_of_file(p)) for p in sorted(target.iterdir())}
+    files = file_specs(target)
     converted = dataclasses.replace(
         manifest, matrices=matrices, files=files, precision=precision, engines=(), one_task=None
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mass_export.errors import CheckpointFormatError, shortened
 from mass_export.tensor_files import open_tensors
-from runtime.bundle import sha256_of_file
+from runtime.checksums import sha256_of_file
 
 # What Hugging Face and open_clip call the weights of a folder, safetensors first.
 _WEIGHTS = (

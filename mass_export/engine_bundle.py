@@ -17,13 +17,11 @@ from runtime.bundle import (
     FIRST_PASS,
     MANIFEST_FILE,
     SECOND_PASS,
-    FileSpec,
     Manifest,
-    check_files,
     json_from_manifest,
     read_manifest,
-    sha256_of_file,
 )
+from runtime.checksums import check_files, file_spec, sha256_of_file
 from runtime.engine_build import build_engine
 from runtime.engine_keys import engine_file_name, engine_key
 from runtime.engine_settings import EngineSettings, find_tensorrt
@@ -189,7 +187,7 @@ def _install(bundle: Path, manifest: Manifest, built: list[BuiltEngine], staged:
     files = dict(manifest.files)
     for engine in new:
         path = staged / engine.spec.file
-        files[engine.spec.file] = FileSpec(engine.nbytes, sha256_of_file(path))
+        files[engine.spec.file] = file_spec(path)
         path.replace(bundle / engine.spec.file)
     ours = {engine.spec.pass_name: engine.spec for engine in built}
     kept = [e for e in manifest.engines if not _same_target(e.key, ours[e.pass_name].key)]

@@ -33,12 +33,11 @@ from runtime.bundle import (
     FIRST_PASS,
     MANIFEST_FILE,
     SECOND_PASS,
-    FileSpec,
     Manifest,
     json_from_manifest,
     read_manifest,
-    sha256_of_file,
 )
+from runtime.checksums import file_specs
 from runtime.cores import CoreCache
 from runtime.onnx_session import OnnxSession
 from runtime.routing import gates_from_residuals, select_tasks
@@ -140,7 +139,7 @@ def quantise_bundle(source: Path, target: Path, images: NDArray[np.float32], pro
         shutil.copyfile(source / name, target / name)
     for name, spec in manifest.passes.items():
         write_quantised(source / spec.file, target, peaks[name])
-    files = {p.name: FileSpec(p.stat().st_size, sha256_of_file(p)) for p in sorted(target.iterdir())}
+    files = file_specs(target)
     quantised = dataclasses.replace(manifest, files=files, engines=(), one_task=None)
     (target / MANIFEST_FILE).write_text(json_from_manifest(quantised), encoding="utf-8")
     return quantised

@@ -23,10 +23,10 @@ from runtime.bundle import (
     SECOND_PASS,
     Manifest,
     StoredArray,
-    check_files,
     map_array,
     read_manifest,
 )
+from runtime.checksums import check_files
 from runtime.errors import BundleError
 
 Rows = Sequence[NDArray[np.floating[Any]]]

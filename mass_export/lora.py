@@ -24,7 +24,7 @@ from mass_export.errors import CheckpointFormatError, CheckpointKeyError, Checkp
 from mass_export.hf_layout import PROJECTION, QKV, open_clip_target
 from mass_export.spec import VisionSpec
 from mass_export.tensor_files import open_tensors
-from runtime.bundle import sha256_of_file
+from runtime.checksums import sha256_of_file
 
 CONFIG_FILE = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -28,7 +28,7 @@ from mass_export.rank_budget import allot_ranks, rank_caps
 from mass_export.recipe import Recipe, TaskRecipe
 from mass_export.spec import ArtifactInfo, BaseMerge, TaskInfo
 from mass_export.task_factors import TaskVector, factorize_task, open_task_vector, ranks_of, router_bases
-from runtime.bundle import sha256_of_file
+from runtime.checksums import sha256_of_file
 
 FULL_DELTAS = ("isotropic", "mean")  # base merges of more than the factors
 

@@ -32,7 +32,6 @@ from runtime.bundle import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
     SECOND_PASS,
-    FileSpec,
     ImageDtype,
     Manifest,
     MatrixBases,
@@ -43,8 +42,8 @@ from runtime.bundle import (
     TaskSpec,
     VectorTables,
     json_from_manifest,
-    sha256_of_file,
 )
+from runtime.checksums import file_specs, sha256_of_file
 from runtime.engine_settings import EngineSettings
 from runtime.engine_spec import Precision
 
@@ -276,10 +275,7 @@ def _manifest(
         passes=passes,
         matrices=tuple(bases.values()),
         one_task=one_task,
-        files={
-            path.name: FileSpec(path.stat().st_size, sha256_of_file(path))
-            for path in sorted(directory.iterdir())
-        },
+        files=file_specs(directory),
         provenance={
             "artifact": {"file": artifact_path.name, "sha256": sha256_of_file(artifact_path)},
             **info.provenance,

@@ -17,14 +17,8 @@ import onnx_ir as ir
 
 from mass_export.precision import HALVES, MOVES, convert_file, is_residual_stream
 from mass_export.weights_file import WeightsFile
-from runtime.bundle import (
-    MANIFEST_FILE,
-    FileSpec,
-    Manifest,
-    json_from_manifest,
-    read_manifest,
-    sha256_of_file,
-)
+from runtime.bundle import MANIFEST_FILE, Manifest, json_from_manifest, read_manifest
+from runtime.checksums import file_specs
 from runtime.engine_spec import Precision
 
 LARGEST_HALF, LARGEST_STREAM = "largest.half", "largest.stream"
@@ -49,7 +43,7 @@ def emulate_bundle(source: Path, target: Path, precision: Precision) -> Manifest
             model = ir.load(convert_file(source / spec.file, target, weights, precision))
             _emulate(model.graph, HALVES[precision])
             ir.save(model, target / spec.file)
-    files = {p.name: FileSpec(p.stat().st_size, sha256_of_file(p)) for p in sorted(target.iterdir())}
+    files = file_specs(target)
     emulated = dataclasses.replace(manifest, files=files, engines=(), one_task=None)
     (target / MANIFEST_FILE).write_text(json_from_manifest(emulated), encoding="utf-8")
     return emulated

@@ -9,11 +9,10 @@ file that the graphs use too; `StoredArray` says where.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
@@ -31,6 +30,7 @@ FIRST_PASS = "first_pass"
 SECOND_PASS = "second_pass"
 FLOAT_INPUT, BYTES_INPUT = "pixel_values", "images"
 MAX_MANIFEST_BYTES = 64 << 20
+PIECE_BYTES = 64 << 20
 _MAX_FLOAT = 1e300
 
 GateMode = Literal["topk", "top1", "weighted"]
@@ -252,10 +252,18 @@ class PreprocessSpec:
 
 @dataclass(frozen=True)
 class FileSpec:
-    """Size and checksum of a bundle file."""
+    """Size and checksums of a bundle file.
+
+    Attributes:
+        bytes: its size.
+        sha256: of the whole file.
+        pieces: sha256 of each `PIECE_BYTES` of a larger file, the last of what is left, so that they can be compared
+            side by side, instead of the whole; else empty.
+    """
 
     bytes: int
     sha256: str
+    pieces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -353,6 +361,10 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
     if strays := {engine.pass_name for engine in manifest.engines} - set(manifest.passes):
         raise BundleError(f"{where}: engines of unknown passes {sorted(strays)}.")
     _check_file_names(manifest, where)
+    for name, file in manifest.files.items():
+        expected = -(-file.bytes // PIECE_BYTES)
+        if len(file.pieces) not in (0, expected):
+            raise BundleError(f"{where}: files: {name}: {len(file.pieces)} pieces, expected {expected}.")
     for matrix in manifest.matrices:
         _check_matrix(matrix, manifest, where)
     if manifest.one_task is not None:
@@ -523,12 +535,6 @@ def _typed_dataclass(kind: type[_T], value: Any, where: str) -> _T:
     return kind(**{name: _typed(hints[name], item, f"{where}.{name}") for name, item in value.items()})
 
 
-def sha256_of_file(path: Path) -> str:
-    """Hex digest, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_manifest(directory: Path) -> Manifest:
     """Read `manifest.json` of a bundle directory.
 
@@ -549,28 +555,6 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror}).") from error
     return manifest_from_json(text, str(path))
-
-
-def check_files(directory: Path, files: Mapping[str, FileSpec], verify: Verify = "full") -> None:
-    """Compare every listed file with its size and, with `verify="full"`, its sha256.
-
-    Raises:
-        BundleError: naming every missing, resized or changed file.
-    """
-    problems = []
-    for name, spec in files.items():
-        path = directory / name
-        try:
-            if not path.is_file():
-                problems.append(f"{name} is missing")
-            elif (size := path.stat().st_size) != spec.bytes:
-                problems.append(f"{name} has {size} bytes, expected {spec.bytes}")
-            elif verify == "full" and sha256_of_file(path) != spec.sha256:
-                problems.append(f"{name} was changed (its sha256 differs from the manifest's)")
-        except OSError as error:
-            problems.append(f"{name} cannot be read ({error.strerror})")
-    if problems:
-        raise BundleError(f"{directory}: {'; '.join(problems)}. Copy or export the bundle again.")
 
 
 def map_array(directory: Path, array: StoredArray) -> NDArray[Any]:

@@ -88,7 +88,7 @@ class Classifier:
             bundle_dir: directory that mass-export wrote.
             provider: `auto` takes TensorRT where it is installed and there is a GPU, then CUDA, then the CPU; any
                 other is taken or is an error.
-            num_threads: threads within an operator on the CPU; None lets the backend choose.
+            num_threads: threads within an operator on the CPU, and of those that hash; None lets the backend choose.
             verify: compare `full` checksums, or only the `size` of each file.
             mode: of the gates, `topk`, `top1` or `weighted`; this and the next five replace the bundle's.
             threshold: a task is kept when its gate is greater, in [0, 1).
@@ -138,7 +138,7 @@ class Classifier:
         opened = dataclasses.replace(self.manifest, router=self.router)
         if opened.one_task is not None and not share_base:
             opened = dataclasses.replace(opened, one_task=dataclasses.replace(opened.one_task, routers=()))
-        with hashed_meanwhile(directory, self.manifest, verify):
+        with hashed_meanwhile(directory, self.manifest, verify, num_threads):
             self._first, self._second = open_sessions(
                 directory,
                 opened,

@@ -8,7 +8,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from runtime.bundle import FIRST_PASS, SECOND_PASS, Manifest, sha256_of_file
+from runtime.bundle import FIRST_PASS, SECOND_PASS, Manifest
+from runtime.checksums import sha256_of_file
 from runtime.engine_build import build_engine
 from runtime.engine_keys import engine_file_name, engine_key
 from runtime.engine_monitor import terminal_bar

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.bundle import MANIFEST_FILE, FileSpec, Manifest, Verify, check_files, read_manifest
+from runtime.bundle import MANIFEST_FILE, FileSpec, Manifest, Verify, read_manifest
+from runtime.checksums import check_files
 from runtime.errors import BundleError
 from runtime.graph_files import check_graph_files
 
@@ -29,8 +30,16 @@ def check_bundle(directory: Path, manifest: Manifest, verify: Verify = "full") -
 
 
 @contextmanager
-def hashed_meanwhile(directory: Path, manifest: Manifest, verify: Verify) -> Iterator[None]:
+def hashed_meanwhile(
+    directory: Path, manifest: Manifest, verify: Verify, threads: int | None
+) -> Iterator[None]:
     """With `full` hash the files of a checked bundle while the body loads them; with `size` do no more.
+
+    Args:
+        directory: of the bundle.
+        manifest: of the bundle.
+        verify: as for `check_files`.
+        threads: that hash; None takes every processor.
 
     Raises:
         BundleError: of `check_files`, rather than what the body makes of changed files.
@@ -39,7 +48,7 @@ def hashed_meanwhile(directory: Path, manifest: Manifest, verify: Verify) -> Ite
         yield
         return
     with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(check_files, directory, manifest.files, verify)
+        checked = pool.submit(check_files, directory, manifest.files, verify, threads=threads)
         try:
             yield
         finally:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle import check_files, read_manifest
+from runtime.bundle import read_manifest
+from runtime.checksums import check_files
 from runtime.errors import BackendError, MassRuntimeError
 from runtime.serving.engine import bundle_digest
 from runtime.serving.gate import KEY_VARIABLE, LIMITS_VARIABLE, limits_to_environment

@@ -21,7 +21,7 @@ from mass_export.onnx_export import write_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
 from runtime import Classifier
-from runtime.bundle import sha256_of_file
+from runtime.checksums import sha256_of_file
 
 QUIET = Progress(quiet=True)
 TOLERANCE = 1e-6

@@ -15,7 +15,6 @@ from runtime.bundle import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
     SECOND_PASS,
-    FileSpec,
     Manifest,
     MatrixBases,
     PassSpec,
@@ -25,8 +24,8 @@ from runtime.bundle import (
     TaskSpec,
     TensorSpec,
     json_from_manifest,
-    sha256_of_file,
 )
+from runtime.checksums import file_specs
 
 SIZE, D, R = 8, 12, 2
 CLASSES = {
@@ -246,7 +245,7 @@ def write_bundle(toy, directory, compose="tsvm", images="float32", **router):
         compose=compose,
         passes=passes,
         matrices=(MatrixBases("w0", "cores.w0", (R,) * T, *stored),),
-        files={p.name: FileSpec(p.stat().st_size, sha256_of_file(p)) for p in sorted(directory.iterdir())},
+        files=file_specs(directory),
         provenance={},
     )
     (directory / MANIFEST_FILE).write_text(json_from_manifest(manifest), encoding="utf-8")

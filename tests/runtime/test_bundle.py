@@ -1,20 +1,23 @@
 """The manifest survives a round trip, and every damaged bundle is refused with its reason."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 
+import runtime.bundle
+import runtime.checksums
 from runtime import BundleError, Classifier
 from runtime.bundle import (
     FileSpec,
     StoredArray,
-    check_files,
     json_from_manifest,
     manifest_from_json,
     map_array,
     read_manifest,
 )
+from runtime.checksums import check_files, file_spec
 
 
 def set_key(*path, value):
@@ -159,6 +162,41 @@ def test_every_missing_and_truncated_file_is_named_at_once(own_bundle):
 def test_the_checksum_is_only_read_when_asked(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     check_files(tmp_path, {"a": FileSpec(3, "wrong")}, verify="size")
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    for module in (runtime.bundle, runtime.checksums):
+        monkeypatch.setattr(module, "PIECE_BYTES", 4)
+
+
+@pytest.mark.parametrize(("size", "pieces"), [(0, 0), (4, 0), (5, 2), (8, 2), (11, 3)])
+@pytest.mark.usefixtures("small_pieces")
+def test_a_large_file_is_compared_piece_by_piece(tmp_path, size, pieces):
+    path, data = tmp_path / "a", bytes(range(size))
+    path.write_bytes(data)
+    spec = file_spec(path)
+    assert spec.sha256 == hashlib.sha256(data).hexdigest()
+    expected = [hashlib.sha256(data[at : at + 4]).hexdigest() for at in range(0, size, 4)]
+    assert list(spec.pieces) == (expected if pieces else [])
+    assert len(spec.pieces) == pieces
+    for threads in (None, 1):
+        check_files(tmp_path, {"a": spec}, threads=threads)
+    for at in range(size):
+        path.write_bytes(data[:at] + b"?" + data[at + 1 :])
+        with pytest.raises(BundleError, match=r"a was changed"):
+            check_files(tmp_path, {"a": spec})
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_manifest_lists_all_pieces_of_a_file_or_none(own_bundle):
+    path = own_bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    name, spec = next(iter(manifest["files"].items()))
+    manifest["files"][name]["pieces"] = ["0" * 64]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=rf"{name}: 1 pieces, expected {-(-spec['bytes'] // 4)}\."):
+        read_manifest(own_bundle)
 
 
 def test_arrays_are_mapped_read_only_at_any_offset(tmp_path):

@@ -15,7 +15,8 @@ from mass_export.cli import main
 from mass_export.engine_bundle import build_engines
 from mass_export.progress import Progress
 from runtime.backends import open_sessions
-from runtime.bundle import FIRST_PASS, SECOND_PASS, check_files, read_manifest
+from runtime.bundle import FIRST_PASS, SECOND_PASS, read_manifest
+from runtime.checksums import check_files
 from runtime.engine_cache import cached_engines
 from runtime.engine_settings import EngineSettings
 from runtime.engine_spec import Precision

@@ -21,15 +21,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from runtime.bundle import (
-    FIRST_PASS,
-    MANIFEST_FILE,
-    SECOND_PASS,
-    FileSpec,
-    json_from_manifest,
-    read_manifest,
-    sha256_of_file,
-)
+from runtime.bundle import FIRST_PASS, MANIFEST_FILE, SECOND_PASS, json_from_manifest, read_manifest
+from runtime.checksums import file_spec
 from runtime.engine_spec import EngineKey, EngineSpec
 
 STREAM = 7001
@@ -278,7 +271,7 @@ def engine_bundle(toy_bundle, tmp_path, gpu) -> Callable[..., Path]:
             (directory / file).write_bytes(plan)
             gpu.plans[plan] = (directory / spec.file, spec)
             engines.append(EngineSpec(name, file, EngineKey("0", flavour, profiles=profiles[name], **fields)))
-            files[file] = FileSpec(len(plan), sha256_of_file(directory / file))
+            files[file] = file_spec(directory / file)
         manifest = dataclasses.replace(manifest, engines=tuple(engines), files=files)
         (directory / MANIFEST_FILE).write_text(json_from_manifest(manifest), encoding="utf-8")
         return directory
