@@ -22,9 +22,9 @@ from runtime.bundle import (
     StoredArray,
     VectorTables,
     json_from_manifest,
-    map_array,
 )
 from runtime.checksums import file_specs
+from runtime.mapped_files import map_array
 
 ROUTER_WEIGHTS = "router.bin"
 # Most of what rounding does to a routing feature comes from these; see docs/speed.md.

@@ -14,11 +14,11 @@ import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime.engine_spec import EngineSpec, Precision
 from runtime.errors import BundleError
@@ -524,15 +524,18 @@ def _shortened(value: Any) -> str:
 def _typed_dataclass(kind: type[_T], value: Any, where: str) -> _T:
     if not isinstance(value, dict):
         raise BundleError(f"{where}: expected an object, got {value!r}.")
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(value) - set(fields))
-    missing = sorted(
-        name for name, f in fields.items() if name not in value and f.default is dataclasses.MISSING
-    )
+    hints, needed = _keys_of(typing.cast("Any", kind))
+    unknown, missing = sorted(set(value) - set(hints)), sorted(needed - set(value))
     if unknown or missing:
         raise BundleError(f"{where}: missing keys {missing}, unknown keys {unknown}.")
     return kind(**{name: _typed(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+
+
+@cache
+def _keys_of(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """Types of a dataclass' fields by name, and which have no default."""
+    needed = (field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING)
+    return typing.get_type_hints(kind), frozenset(needed)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -555,21 +558,3 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror}).") from error
     return manifest_from_json(text, str(path))
-
-
-def map_array(directory: Path, array: StoredArray) -> NDArray[Any]:
-    """Memory-map a stored array, read-only.
-
-    Raises:
-        BundleError: the file cannot be read, or ends before the array does.
-    """
-    path = directory / array.file
-    dtype = np.dtype(array.dtype).newbyteorder("<")
-    if not array.nbytes:  # nothing can be mapped
-        return np.zeros(array.shape, dtype)
-    try:
-        return np.memmap(path, dtype=dtype, mode="r", offset=array.offset, shape=array.shape)
-    except (OSError, ValueError) as error:
-        raise BundleError(
-            f"{path}: cannot map an array ({error}). Copy or export the bundle again."
-        ) from error

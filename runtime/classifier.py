@@ -126,19 +126,19 @@ class Classifier:
             head_choice=head_choice,
             unknown_threshold=unknown_threshold,
         )
-        check_bundle(directory, self.manifest, "size")
         if extra := extra_files(directory, self.manifest):
             _LOG.warning("%s: holds files that are not of the bundle: %s", directory, ", ".join(extra))
         self.tasks = tuple(task.name for task in self.manifest.tasks)
         self.classes = {task.name: task.classes for task in self.manifest.tasks}
         self._directory = directory
-        matrices = self.manifest.matrices if self.manifest.compose == "tsvm" else ()
-        self._cores = CoreCache(directory, matrices, core_cache_sets)
         self._one_task = None
         opened = dataclasses.replace(self.manifest, router=self.router)
         if opened.one_task is not None and not share_base:
             opened = dataclasses.replace(opened, one_task=dataclasses.replace(opened.one_task, routers=()))
         with hashed_meanwhile(directory, self.manifest, verify, num_threads):
+            check_bundle(directory, self.manifest, "size")
+            matrices = self.manifest.matrices if self.manifest.compose == "tsvm" else ()
+            self._cores = CoreCache(directory, matrices, core_cache_sets)
             self._first, self._second = open_sessions(
                 directory,
                 opened,

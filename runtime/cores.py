@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle import MatrixBases, map_array
+from runtime.bundle import MatrixBases
+from runtime.mapped_files import MappedFiles
 
 # Singular directions below this share of the largest count as absent, as in the builder's dense merge.
 RELATIVE_CUTOFF = 1e-4
@@ -121,12 +122,13 @@ class CoreCache:
     """
 
     def __init__(self, directory: Path, matrices: Sequence[MatrixBases], max_sets: int) -> None:
+        files = MappedFiles(directory)
         self._bases = {
-            matrix.core: tuple(map_array(directory, array) for array in (matrix.u_t, matrix.s, matrix.vh))
+            matrix.core: tuple(files.array(array) for array in (matrix.u_t, matrix.s, matrix.vh))
             for matrix in matrices
         }
         self._scales = {
-            matrix.core: (map_array(directory, matrix.u_scale), map_array(directory, matrix.vh_scale))
+            matrix.core: (files.array(matrix.u_scale), files.array(matrix.vh_scale))
             for matrix in matrices
             if matrix.u_scale is not None and matrix.vh_scale is not None
         }

@@ -33,7 +33,7 @@ def check_bundle(directory: Path, manifest: Manifest, verify: Verify = "full") -
 def hashed_meanwhile(
     directory: Path, manifest: Manifest, verify: Verify, threads: int | None
 ) -> Iterator[None]:
-    """With `full` hash the files of a checked bundle while the body loads them; with `size` do no more.
+    """With `full` hash the files of a bundle while the body loads them; with `size` do no more.
 
     Args:
         directory: of the bundle.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle import Manifest, VectorTables, all_matrices, map_array
+from runtime.bundle import Manifest, VectorTables, all_matrices
+from runtime.mapped_files import MappedFiles
 from runtime.onnx_session import OnnxSession
 from runtime.verification import two_best
 
@@ -38,20 +40,23 @@ class OneTaskPass:
         def load(file: str) -> _Part:
             return _Part(OnnxSession(directory / file, "cpu", num_threads))
 
-        self._patches, self._images = load(spec.patches), manifest.preprocess.input_name
-        self._segments = [load(file) for file in spec.segments]
-        self._routers = [load(file) for file in spec.routers]
+        files = MappedFiles(directory)
+        with ThreadPoolExecutor(len(spec.files)) as pool:
+            parts = {file: pool.submit(load, file) for file in spec.files}
+            self._stacks = _stacked_bases(files, manifest)
+        self._patches, self._images = parts[spec.patches].result(), manifest.preprocess.input_name
+        self._segments = [parts[file].result() for file in spec.segments]
+        self._routers = [parts[file].result() for file in spec.routers]
         self._stop_margin = spec.stop_margin
-        self._stacks = _stacked_bases(directory, manifest)
         self._base: Feeds = {
             name: array[:1, :, :0] if name.startswith("scale.") else array[:1, :0]
             for name, array in self._stacks.items()
         }
         self._conv1: list[Feeds] = []
         if spec.tables is not None:
-            vectors = map_array(directory, spec.tables.vectors)
+            vectors = files.array(spec.tables.vectors)
             self._stacks["vectors"], self._base["vectors"] = vectors, vectors[-1:]
-            self._conv1 = _convolutions(directory, spec.tables)
+            self._conv1 = _convolutions(files, spec.tables)
 
     @property
     def routes(self) -> bool:
@@ -143,27 +148,24 @@ class _Part:
         )
 
 
-def _stacked_bases(directory: Path, manifest: Manifest) -> Feeds:
+def _stacked_bases(files: MappedFiles, manifest: Manifest) -> Feeds:
     """Low-rank parameters of all tasks by input. [T, R, D] and [T, 1, R]"""
     arrays: Feeds = {}
     for matrix in all_matrices(manifest):
-        arrays[f"left.{matrix.name}"] = map_array(directory, matrix.u_t)
-        arrays[f"right.{matrix.name}"] = map_array(directory, matrix.vh)
-        scale = map_array(directory, matrix.s)
+        arrays[f"left.{matrix.name}"] = files.array(matrix.u_t)
+        arrays[f"right.{matrix.name}"] = files.array(matrix.vh)
+        scale = files.array(matrix.s)
         for rows in (matrix.u_scale, matrix.vh_scale):
             if rows is not None:  # int8: the graph multiplies bare steps
-                scale = scale * map_array(directory, rows)
+                scale = scale * files.array(rows)
         arrays[f"scale.{matrix.name}"] = scale[:, None]
-    return {name: np.asarray(array) for name, array in arrays.items()}
+    return arrays
 
 
-def _convolutions(directory: Path, tables: VectorTables) -> list[Feeds]:
+def _convolutions(files: MappedFiles, tables: VectorTables) -> list[Feeds]:
     """Each task's patch convolution, and the base's if it is there, as inputs."""
     if tables.conv1 is None:
         return []
     stored = {"conv1": tables.conv1, "conv1_scale": tables.conv1_scale}
-    arrays = {name: map_array(directory, array) for name, array in stored.items() if array is not None}
-    return [
-        {name: np.asarray(array[row]) for name, array in arrays.items()}
-        for row in range(tables.conv1.shape[0])
-    ]
+    arrays = {name: files.array(array) for name, array in stored.items() if array is not None}
+    return [{name: array[row] for name, array in arrays.items()} for row in range(tables.conv1.shape[0])]
