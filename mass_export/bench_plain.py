@@ -25,7 +25,8 @@ from mass_export.second_pass import CONV1, add_heads, vector_sizes
 from mass_export.spec import VisionSpec
 from mass_export.vit_graph import Layers, block, cls_row, embed, encode, pool
 from mass_export.weights_file import WeightsFile
-from runtime.bundle import SECOND_PASS, Manifest, read_manifest
+from runtime.bundle import SECOND_PASS, Manifest
+from runtime.manifest import read_manifest
 from runtime.mapped_files import map_array
 
 BASE, HEADS = "base.", "heads."

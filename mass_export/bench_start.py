@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mass_export.progress import Progress
-from runtime.bundle import Manifest, all_matrices, read_manifest
+from runtime.bundle import Manifest, all_matrices
 from runtime.classifier import Classifier
 from runtime.errors import MassRuntimeError
+from runtime.manifest import read_manifest
 from runtime.onnx_session import OnnxSession
 
 MIB = 1 << 20

@@ -21,9 +21,9 @@ from runtime.bundle import (
     PassSpec,
     StoredArray,
     VectorTables,
-    json_from_manifest,
 )
 from runtime.checksums import file_specs
+from runtime.manifest import json_from_manifest
 from runtime.mapped_files import map_array
 
 ROUTER_WEIGHTS = "router.bin"

@@ -10,9 +10,10 @@ import numpy as np
 from mass_export.errors import ExportError
 from mass_export.precision import HALVES, convert_file, half_array
 from mass_export.weights_file import WeightsFile
-from runtime.bundle import MANIFEST_FILE, Manifest, MatrixBases, StoredArray, json_from_manifest
+from runtime.bundle import MANIFEST_FILE, Manifest, MatrixBases, StoredArray
 from runtime.checksums import file_specs
 from runtime.engine_spec import Precision
+from runtime.manifest import json_from_manifest
 from runtime.mapped_files import map_array
 
 

@@ -18,9 +18,9 @@ from mass_export.diagnosis_weights import WEIGHT_CHECKS
 from mass_export.errors import ArtifactError, DataError
 from mass_export.inspection_sources import Source, source_from_artifact, source_from_bundle
 from mass_export.progress import Progress
-from runtime.bundle import read_manifest
 from runtime.errors import BackendError, BundleError
 from runtime.integrity import check_bundle, extra_files
+from runtime.manifest import read_manifest
 
 
 def diagnose(

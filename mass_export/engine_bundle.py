@@ -13,14 +13,7 @@ from pathlib import Path
 from mass_export.engine_int8 import Peaks, calibration_images, find_peaks, write_quantised
 from mass_export.precision import write_converted
 from mass_export.progress import Progress
-from runtime.bundle import (
-    FIRST_PASS,
-    MANIFEST_FILE,
-    SECOND_PASS,
-    Manifest,
-    json_from_manifest,
-    read_manifest,
-)
+from runtime.bundle import FIRST_PASS, MANIFEST_FILE, SECOND_PASS, Manifest
 from runtime.checksums import check_files, file_spec, sha256_of_file
 from runtime.engine_build import build_engine
 from runtime.engine_keys import engine_file_name, engine_key
@@ -29,6 +22,7 @@ from runtime.engine_spec import EngineKey, EngineSpec, Precision
 from runtime.errors import EngineError
 from runtime.graph_files import check_graph_files
 from runtime.integrity import graph_files
+from runtime.manifest import json_from_manifest, read_manifest
 
 
 @dataclass(frozen=True)

@@ -29,16 +29,10 @@ from mass_export.int8 import LARGEST, TINIEST, Int8Conversion, save_int8
 from mass_export.progress import Progress
 from mass_export.verify import RANDOM_IMAGES, random_pixel_values
 from mass_export.weights_file import WeightsFile
-from runtime.bundle import (
-    FIRST_PASS,
-    MANIFEST_FILE,
-    SECOND_PASS,
-    Manifest,
-    json_from_manifest,
-    read_manifest,
-)
+from runtime.bundle import FIRST_PASS, MANIFEST_FILE, SECOND_PASS, Manifest
 from runtime.checksums import file_specs
 from runtime.cores import CoreCache
+from runtime.manifest import json_from_manifest, read_manifest
 from runtime.onnx_session import OnnxSession
 from runtime.routing import gates_from_residuals, select_tasks
 from runtime.second_pass import run_second_pass

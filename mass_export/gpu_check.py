@@ -24,11 +24,11 @@ from mass_export.image_input import nearest_bytes
 from mass_export.progress import Progress
 from mass_export.tables import Table, percent
 from mass_export.verify import Parity, combine, compare, enlarged
-from runtime.bundle import read_manifest
 from runtime.classifier import Classifier, ForwardResult
 from runtime.engine_settings import EngineSettings
 from runtime.engine_spec import Precision
 from runtime.errors import BackendError
+from runtime.manifest import read_manifest
 from runtime.provider import Provider
 
 FP32_LOGITS = 1e-4  # of the largest logit

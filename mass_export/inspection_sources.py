@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from mass_export.inspection_report import Kind, Part, Size
 from mass_export.spec import VisionSpec
 from mass_export.subspaces import StackGeometry, stack_geometry
-from runtime.bundle import FIRST_PASS, MANIFEST_FILE, SECOND_PASS, Manifest, StoredArray, read_manifest
+from runtime.bundle import FIRST_PASS, MANIFEST_FILE, SECOND_PASS, Manifest, StoredArray
 from runtime.checksums import check_files
 from runtime.errors import BundleError
+from runtime.manifest import read_manifest
 from runtime.mapped_files import map_array
 
 Rows = Sequence[NDArray[np.floating[Any]]]

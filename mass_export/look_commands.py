@@ -185,7 +185,7 @@ def evaluate(
     from mass_export.recipe import load_recipe  # noqa: PLC0415
     from mass_export.report_files import write_json  # noqa: PLC0415
     from mass_export.tables import accuracy_table, confidence_sentence, routing_table  # noqa: PLC0415
-    from runtime.bundle import read_manifest  # noqa: PLC0415
+    from runtime.manifest import read_manifest  # noqa: PLC0415
 
     progress, manifest = Progress(quiet=quiet), read_manifest(bundle)
     found = find_recipe(manifest, data) if recipe is None else recipe

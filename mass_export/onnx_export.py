@@ -41,11 +41,11 @@ from runtime.bundle import (
     RouterSpec,
     TaskSpec,
     VectorTables,
-    json_from_manifest,
 )
 from runtime.checksums import file_specs, sha256_of_file
 from runtime.engine_settings import EngineSettings
 from runtime.engine_spec import Precision
+from runtime.manifest import json_from_manifest
 
 WEIGHTS_FILE = "weights.bin"
 # Make the scores of many blocks and the heads probabilities on validation images of the zoo; elsewhere they only rank.

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from mass_export.precision_emulation import LARGEST_HALF, LARGEST_STREAM
 from mass_export.progress import Progress
 from mass_export.verify import Parity, combine, compare
-from runtime.bundle import FIRST_PASS, SECOND_PASS, read_manifest
+from runtime.bundle import FIRST_PASS, SECOND_PASS
 from runtime.classifier import Classifier, ForwardResult
 from runtime.cores import CoreCache
+from runtime.manifest import read_manifest
 from runtime.onnx_session import OnnxSession
 from runtime.second_pass import run_second_pass
 

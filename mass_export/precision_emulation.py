@@ -17,9 +17,10 @@ import onnx_ir as ir
 
 from mass_export.precision import HALVES, MOVES, convert_file, is_residual_stream
 from mass_export.weights_file import WeightsFile
-from runtime.bundle import MANIFEST_FILE, Manifest, json_from_manifest, read_manifest
+from runtime.bundle import MANIFEST_FILE, Manifest
 from runtime.checksums import file_specs
 from runtime.engine_spec import Precision
+from runtime.manifest import json_from_manifest, read_manifest
 
 LARGEST_HALF, LARGEST_STREAM = "largest.half", "largest.stream"
 HALF_WEIGHTS_FILE = "half.bin"

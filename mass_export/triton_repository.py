@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 from mass_export.errors import ExportError
-from runtime.bundle import FIRST_PASS, MANIFEST_FILE, SECOND_PASS, Manifest, PassSpec, read_manifest
+from runtime.bundle import FIRST_PASS, MANIFEST_FILE, SECOND_PASS, Manifest, PassSpec
+from runtime.manifest import read_manifest
 from runtime.serving.triton import slots_per_sample
 
 ENSEMBLE = "mass"

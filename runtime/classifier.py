@@ -18,18 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends import open_sessions
-from runtime.bundle import (
-    GateMode,
-    HeadChoice,
-    RouterSpec,
-    Verify,
-    read_manifest,
-    router_fault,
-)
+from runtime.bundle import GateMode, HeadChoice, RouterSpec, Verify
 from runtime.cores import CoreCache
 from runtime.device_array import DeviceArray, is_foreign_device_array
 from runtime.errors import BackendError, InputError
 from runtime.integrity import check_bundle, extra_files, hashed_meanwhile, require_unchanged
+from runtime.manifest import read_manifest
+from runtime.manifest_checks import router_fault
 from runtime.one_task import OneTaskPass
 from runtime.prediction import ForwardResult, Prediction, joined, predictions_from_result
 from runtime.preprocess import ImageSource, pixel_values_from_images

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.bundle import MANIFEST_FILE, FileSpec, Manifest, Verify, read_manifest
+from runtime.bundle import MANIFEST_FILE, FileSpec, Manifest, Verify
 from runtime.checksums import check_files
 from runtime.errors import BundleError
 from runtime.graph_files import check_graph_files
+from runtime.manifest import read_manifest
 
 
 def check_bundle(directory: Path, manifest: Manifest, verify: Verify = "full") -> None:

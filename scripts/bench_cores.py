@@ -12,8 +12,8 @@ import click
 import numpy as np
 
 from mass_export.tables import Table
-from runtime.bundle import read_manifest
 from runtime.cores import CoreCache
+from runtime.manifest import read_manifest
 
 ROUNDS = 5
 HITS = 1000

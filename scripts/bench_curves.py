@@ -30,9 +30,10 @@ from mass_export.bench_plain import write_plain_pass
 from mass_export.machine import describe_machine
 from mass_export.progress import Progress
 from mass_export.spec import PatchEmbed
-from runtime.bundle import ImageDtype, read_manifest
+from runtime.bundle import ImageDtype
 from runtime.classifier import Classifier
 from runtime.engine_spec import Precision
+from runtime.manifest import read_manifest
 from runtime.onnx_session import OnnxSession
 
 mpl.use("svg")

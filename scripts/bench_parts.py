@@ -17,7 +17,8 @@ import numpy as np
 
 from mass_export.bench import interleave, random_images
 from mass_export.bench_plain import write_plain_pass
-from runtime.bundle import FIRST_PASS, read_manifest
+from runtime.bundle import FIRST_PASS
+from runtime.manifest import read_manifest
 from runtime.one_task import OneTaskPass
 from runtime.onnx_session import OnnxSession
 

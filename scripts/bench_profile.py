@@ -23,7 +23,8 @@ import onnxruntime
 
 from mass_export.bench import random_images
 from mass_export.bench_plain import write_plain_pass
-from runtime.bundle import Manifest, read_manifest
+from runtime.bundle import Manifest
+from runtime.manifest import read_manifest
 from runtime.one_task import OneTaskPass
 from runtime.onnx_session import OnnxSession
 

@@ -25,12 +25,12 @@ from mass_export.machine import describe_machine
 from mass_export.precision import write_converted
 from mass_export.progress import Progress
 from mass_export.report_files import write_json
-from runtime.bundle import read_manifest
 from runtime.engine_build import build_engine
 from runtime.engine_monitor import terminal_bar
 from runtime.engine_network import layer_precisions, parse_network
 from runtime.engine_settings import EngineSettings, find_tensorrt
 from runtime.engine_spec import Precision
+from runtime.manifest import read_manifest
 from runtime.tensorrt_log import make_logger
 
 ROWS = ("ViT-B-32:8", "ViT-B-32:20", "ViT-L-14:8")

@@ -37,7 +37,7 @@ TARGETS = ("manifest", "graph", "artifact_header", "artifact_file", "recipe", "i
 
 def manifest_target(_: Path) -> Callable[[bytes], None]:
     """`manifest.json` of a bundle."""
-    from runtime.bundle import json_from_manifest, manifest_from_json  # noqa: PLC0415
+    from runtime.manifest import json_from_manifest, manifest_from_json  # noqa: PLC0415
 
     def run(data: bytes) -> None:
         text = data.decode("utf-8", "replace")

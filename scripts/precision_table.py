@@ -36,9 +36,10 @@ from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
 from mass_export.report_files import write_json
 from mass_export.verify import sample_images
-from runtime.bundle import GateMode, read_manifest
+from runtime.bundle import GateMode
 from runtime.classifier import ForwardResult
 from runtime.engine_spec import Precision
+from runtime.manifest import read_manifest
 
 HALVES: tuple[Precision, ...] = ("fp16", "bf16")
 RANDOM, REAL = "int8, random images", "int8, real images"

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle import read_manifest
 from runtime.checksums import check_files
 from runtime.errors import BackendError, MassRuntimeError
+from runtime.manifest import read_manifest
 from runtime.serving.engine import bundle_digest
 from runtime.serving.gate import KEY_VARIABLE, LIMITS_VARIABLE, limits_to_environment
 from runtime.serving.haproxy import prepare

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle import Manifest, read_manifest
+from runtime.bundle import Manifest
 from runtime.cores import CoreCache
+from runtime.manifest import read_manifest
 from runtime.prediction import ForwardResult, predictions_from_result
 from runtime.routing import Selection, answer, gates_from_residuals, select_tasks
 

@@ -21,8 +21,8 @@ from mass_export.onnx_export import export_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
 from runtime import bundle, cores, engine_spec, graph_files, routing
-from runtime.bundle import manifest_from_json
 from runtime.errors import BundleError
+from runtime.manifest import manifest_from_json
 
 PAGE = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
 BUNDLE, _, ARTIFACT = PAGE.partition("\n## The artifact\n")

@@ -17,9 +17,9 @@ from mass_export.cli import main
 from mass_export.image_input import nearest_bytes, normalised
 from mass_export.model import MassModel
 from mass_export.verify import random_pixel_values
-from runtime.bundle import read_manifest
 from runtime.classifier import Classifier
 from runtime.errors import InputError
+from runtime.manifest import read_manifest
 from runtime.preprocess import pixel_values_from_images
 
 KEYS = [{}, {"base_merge": "zeroshot"}, {"compose": "sum"}, {"patch_embed": "low_rank", "rank": 2}]

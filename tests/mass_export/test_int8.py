@@ -13,10 +13,10 @@ from mass_export.bundle_int8 import convert_bundle_int8
 from mass_export.cli import main
 from mass_export.errors import ExportError
 from mass_export.int8 import int8_rows
-from runtime.bundle import read_manifest
 from runtime.classifier import Classifier
 from runtime.cores import CoreCache
 from runtime.errors import BackendError
+from runtime.manifest import read_manifest
 from runtime.mapped_files import map_array
 
 SETS = [(0,), (1,), (0, 1), (1, 2), (0, 1, 2), (2,)]

@@ -9,9 +9,9 @@ import torch
 from mass_export.artifact import read_artifact
 from mass_export.bundle_int8 import convert_bundle_int8
 from mass_export.model import MassModel
-from runtime.bundle import read_manifest
 from runtime.classifier import Classifier
 from runtime.errors import BackendError
+from runtime.manifest import read_manifest
 from runtime.second_pass import Run, plan_second_pass, plan_single_tasks, run_second_pass
 
 MIXED = [(0,), (2,), (0, 1), (1,), (0,), (1, 2), (0, 1, 2), (2,)]

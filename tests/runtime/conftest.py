@@ -23,9 +23,9 @@ from runtime.bundle import (
     StoredArray,
     TaskSpec,
     TensorSpec,
-    json_from_manifest,
 )
 from runtime.checksums import file_specs
+from runtime.manifest import json_from_manifest
 
 SIZE, D, R = 8, 12, 2
 CLASSES = {

@@ -7,11 +7,12 @@ import mmap
 import numpy as np
 import pytest
 
-import runtime.bundle
 import runtime.checksums
+import runtime.manifest_checks
 from runtime import BundleError, Classifier
-from runtime.bundle import FileSpec, StoredArray, json_from_manifest, manifest_from_json, read_manifest
+from runtime.bundle import FileSpec, StoredArray
 from runtime.checksums import check_files, file_spec
+from runtime.manifest import json_from_manifest, manifest_from_json, read_manifest
 from runtime.mapped_files import map_array
 
 
@@ -122,7 +123,7 @@ def test_a_manifest_of_other_bytes_or_too_many_is_refused(own_bundle, monkeypatc
     (own_bundle / "manifest.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BundleError, match="not UTF-8"):
         Classifier(own_bundle)
-    monkeypatch.setattr("runtime.bundle.MAX_MANIFEST_BYTES", 2)
+    monkeypatch.setattr("runtime.manifest.MAX_MANIFEST_BYTES", 2)
     with pytest.raises(BundleError, match="larger than 2 bytes"):
         Classifier(own_bundle)
 
@@ -164,7 +165,7 @@ PIECE = mmap.ALLOCATIONGRANULARITY
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    for module in (runtime.bundle, runtime.checksums):
+    for module in (runtime.manifest_checks, runtime.checksums):
         monkeypatch.setattr(module, "PIECE_BYTES", PIECE)
 
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime import Classifier, InputError
-from runtime.bundle import MANIFEST_FILE, PreprocessSpec, json_from_manifest, manifest_from_json
+from runtime.bundle import MANIFEST_FILE, PreprocessSpec
 from runtime.errors import BundleError
+from runtime.manifest import json_from_manifest, manifest_from_json
 from runtime.preprocess import pixel_values_from_images
 
 SPEC = PreprocessSpec((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import BackendError, BundleError, Classifier
-from runtime.bundle import FileSpec, read_manifest
+from runtime.bundle import FileSpec
 from runtime.checksums import sha256_of_file
 from runtime.errors import MassRuntimeError
 from runtime.graph_files import check_graph_files
 from runtime.integrity import extra_files, require_unchanged
+from runtime.manifest import read_manifest
 
 onnx = pytest.importorskip("onnx")
 

@@ -11,7 +11,8 @@ import pytest
 
 from mass_export.errors import ExportError
 from mass_export.triton_repository import write_triton_repository
-from runtime.bundle import MANIFEST_FILE, json_from_manifest, read_manifest
+from runtime.bundle import MANIFEST_FILE
+from runtime.manifest import json_from_manifest, read_manifest
 
 text_format = pytest.importorskip("google.protobuf.text_format")
 pytestmark = pytest.mark.filterwarnings("ignore")  # gevent's, grpc's

@@ -15,12 +15,13 @@ from mass_export.cli import main
 from mass_export.engine_bundle import build_engines
 from mass_export.progress import Progress
 from runtime.backends import open_sessions
-from runtime.bundle import FIRST_PASS, SECOND_PASS, read_manifest
+from runtime.bundle import FIRST_PASS, SECOND_PASS
 from runtime.checksums import check_files
 from runtime.engine_cache import cached_engines
 from runtime.engine_settings import EngineSettings
 from runtime.engine_spec import Precision
 from runtime.errors import BackendError, EngineError
+from runtime.manifest import read_manifest
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 

@@ -22,11 +22,12 @@ from mass_export.errors import DataError
 from mass_export.model import MassModel
 from mass_export.progress import Progress
 from mass_export.verify import compare, sample_images
-from runtime.bundle import FIRST_PASS, SECOND_PASS, read_manifest
+from runtime.bundle import FIRST_PASS, SECOND_PASS
 from runtime.checksums import check_files
 from runtime.classifier import Classifier
 from runtime.engine_settings import EngineSettings
 from runtime.errors import EngineError
+from runtime.manifest import read_manifest
 
 QUIET = Progress(quiet=True)
 PASSES = (FIRST_PASS, SECOND_PASS)

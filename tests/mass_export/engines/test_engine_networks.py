@@ -14,11 +14,12 @@ from mass_export.onnx_export import export_bundle
 from mass_export.precision import write_converted
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
-from runtime.bundle import FIRST_PASS, SECOND_PASS, read_manifest
+from runtime.bundle import FIRST_PASS, SECOND_PASS
 from runtime.engine_network import check_network, layer_precisions, parse_network
 from runtime.engine_settings import find_tensorrt
 from runtime.engine_spec import Precision
 from runtime.errors import EngineError
+from runtime.manifest import read_manifest
 from runtime.tensorrt_log import make_logger
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")

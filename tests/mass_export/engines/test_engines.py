@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from runtime.bundle import FIRST_PASS, SECOND_PASS, read_manifest
+from runtime.bundle import FIRST_PASS, SECOND_PASS
 from runtime.cuda_device import compute_capability
 from runtime.engine_build import build_engine
 from runtime.engine_monitor import make_monitor, run_cancellably
 from runtime.engine_settings import EngineSettings, default_slots, find_tensorrt
 from runtime.engine_spec import profile_for, shape_with
 from runtime.errors import BackendError, EngineError
+from runtime.manifest import read_manifest
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 

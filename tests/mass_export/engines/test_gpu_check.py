@@ -16,9 +16,9 @@ from mass_export import gpu_check
 from mass_export.gpu_check import GpuCheck, Settings, check_gpu, fault_of, tables
 from mass_export.progress import Progress
 from mass_export.verify import Parity
-from runtime.bundle import read_manifest
 from runtime.classifier import Classifier
 from runtime.errors import BackendError, EngineError
+from runtime.manifest import read_manifest
 
 QUIET = Progress(quiet=True)
 QUICK = Settings(precisions=("fp32", "fp16"), batches=(1, 4), rounds=2)

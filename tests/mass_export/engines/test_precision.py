@@ -25,9 +25,10 @@ from mass_export.precision_emulation import emulate_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
 from mass_export.verify import compare, sample_images
-from runtime.bundle import PassSpec, read_manifest
+from runtime.bundle import PassSpec
 from runtime.classifier import Classifier
 from runtime.engine_spec import Precision, shape_with
+from runtime.manifest import read_manifest
 from runtime.mapped_files import map_array
 
 PASSES = ("first_pass", "second_pass")

@@ -19,11 +19,12 @@ from mass_export.precision_emulation import emulate_bundle
 from mass_export.progress import Progress
 from mass_export.recipe import load_recipe
 from mass_export.spec import TaskInfo
-from runtime.bundle import FIRST_PASS, SECOND_PASS, read_manifest
+from runtime.bundle import FIRST_PASS, SECOND_PASS
 from runtime.checksums import check_files
 from runtime.classifier import Classifier
 from runtime.engine_settings import EngineSettings
 from runtime.engine_spec import Precision
+from runtime.manifest import read_manifest
 
 ZOO = Path(__file__).parents[3] / "examples/zoo"
 RECIPE = ZOO / "core.yaml"

@@ -21,9 +21,10 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from runtime.bundle import FIRST_PASS, MANIFEST_FILE, SECOND_PASS, json_from_manifest, read_manifest
+from runtime.bundle import FIRST_PASS, MANIFEST_FILE, SECOND_PASS
 from runtime.checksums import file_spec
 from runtime.engine_spec import EngineKey, EngineSpec
+from runtime.manifest import json_from_manifest, read_manifest
 
 STREAM = 7001
 VERSION = "1.7.1"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from runtime import BackendError, Classifier, engine_cache
-from runtime.bundle import read_manifest
 from runtime.engine_monitor import terminal_bar
+from runtime.manifest import read_manifest
 
 
 @pytest.fixture

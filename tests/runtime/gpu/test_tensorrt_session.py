@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runtime import BackendError, Classifier, InputError
-from runtime.bundle import read_manifest
+from runtime.manifest import read_manifest
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 
