@@ -32,7 +32,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mass_export.artifact_header import info_from_metadata, metadata_from_info
-from mass_export.errors import ArtifactError, shortened
+from mass_export.artifact_layout import NOTHING, check_layout, check_values
+from mass_export.errors import ArtifactError
 from mass_export.factor_storage import Storage, decode, encode, storage_of
 from mass_export.heads import Head
 from mass_export.low_rank import LowRank, orthonormal_rows
@@ -41,10 +42,7 @@ from mass_export.safetensors_writer import has_its_checksum, write_safetensors
 from mass_export.spec import ArtifactInfo
 
 STOPS = ("stop_weight", "stop_bias", "stop_whiten", "stop_centres")
-NOTHING = ("nothing", "stop_nothing")  # older artifacts have none
 CALIBRATION_OPTIONAL = ("weight", "bias", "whiten", "centres", *STOPS, *NOTHING)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ANY_RANK = -1
 
 
 @dataclass(frozen=True)
@@ -128,6 +126,12 @@ class Artifact:
             {name: orthonormal_rows(vh) for name, vh in bases.items()} for bases in self.router_bases
         )
 
+    def with_calibration(self, info: CalibrationInfo, calibration: Calibration) -> Artifact:
+        """The same, taught by images."""
+        return dataclasses.replace(
+            self, info=dataclasses.replace(self.info, calibration=info), calibration=calibration
+        )
+
     def without_calibration(self) -> Artifact:
         """The artifact before it was calibrated, with the router's settings of then."""
         if self.info.calibration is None:
@@ -158,8 +162,8 @@ def write_artifact(path: Path, artifact: Artifact) -> None:
         ArtifactError: the tensors do not fit the header, or the file cannot be written.
     """
     tensors = _tensors_from_artifact(artifact)
-    _check_layout(tensors, artifact.info, str(path))
-    _check_values(tensors, str(path))
+    check_layout(tensors, artifact.info, str(path))
+    check_values(tensors, str(path))
     tensors = encode(tensors, artifact.storage)
     try:
         write_safetensors(path, tensors, metadata_from_info(artifact.info))
@@ -185,9 +189,9 @@ def read_artifact(path: Path) -> Artifact:
         ) from error
     storage = storage_of(tensors)
     tensors = decode(tensors, str(path))
-    _check_layout(tensors, info, str(path))
+    check_layout(tensors, info, str(path))
     tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
-    _check_values(tensors, str(path))
+    check_values(tensors, str(path))
     if has_its_checksum(path) is False:
         raise ArtifactError(
             f"{path}: was changed since it was written (its sha256 differs). Copy or merge the artifact again."
@@ -250,94 +254,3 @@ def _calibration(info: ArtifactInfo, tensors: Mapping[str, Tensor]) -> Calibrati
         return None
     given = {name: tensors.get(f"calibration.{name}") for name in CALIBRATION_OPTIONAL}
     return Calibration(tensors["calibration.offset"], tensors["calibration.scale"], **given)
-
-
-def _expected_shapes(info: ArtifactInfo) -> dict[str, tuple[int, ...]]:
-    """Every tensor that may be there; a rank is _ANY_RANK."""
-    vision = info.vision
-    shapes, matrices = vision.parameter_shapes(), set(vision.matrix_names())
-    expected = {f"base.{name}": shape for name, shape in shapes.items()}
-    if info.merge.base_merge != "zeroshot":
-        expected |= {f"merged.{name}": shape for name, shape in shapes.items()}
-    for task in info.tasks:
-        for name, shape in shapes.items():
-            stem = f"tasks.{task.name}.{name}"
-            if name in matrices:
-                expected[f"{stem}.u"] = (shape[0], _ANY_RANK)
-                expected[f"{stem}.s"] = (_ANY_RANK,)
-                expected[f"{stem}.vh"] = (_ANY_RANK, shape[1])
-            else:
-                expected[f"{stem}.delta"] = shape
-        for tap in info.taps():
-            expected[f"router.{task.name}.{tap.parameter}.vh"] = (_ANY_RANK, vision.width)
-        expected[f"heads.{task.name}.weight"] = (len(task.classes), vision.embed_dim)
-        expected[f"heads.{task.name}.bias"] = (len(task.classes),)
-    if info.calibration is not None:
-        table = (len(info.taps()), len(info.tasks))
-        expected |= {"calibration.offset": table, "calibration.scale": table}
-        if info.calibration.discriminant:
-            read = len(info.calibration.discriminant) * vision.width
-            expected["calibration.weight"] = (len(info.tasks), read)
-            expected["calibration.bias"] = (len(info.tasks),)
-        if info.calibration.unknown is not None:
-            expected["calibration.whiten"] = (vision.width, vision.width)
-            expected["calibration.centres"] = (_ANY_RANK, vision.width)
-            expected["calibration.nothing"] = (_ANY_RANK, vision.width)
-        expected |= _stop_shapes(info.calibration, expected)
-    return expected
-
-
-def _stop_shapes(
-    info: CalibrationInfo, expected: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
-    """Tensors of the early stops: those of the last, for each of them."""
-    known = ("whiten", "centres", "nothing") if info.unknown is not None else ()
-    names = ("weight", "bias", *known) if info.stops else ()
-    return {f"calibration.stop_{name}": (len(info.stops), *expected[f"calibration.{name}"]) for name in names}
-
-
-def _check_layout(tensors: Mapping[str, Tensor], info: ArtifactInfo, where: str) -> None:
-    """Compare names, shapes, ranks and dtypes with the header; every problem is named at once."""
-    expected = _expected_shapes(info)
-    optional = {f"heads.{task.name}.bias" for task in info.tasks}
-    optional |= {f"calibration.{name}" for name in NOTHING}
-    problems = [f"{name} is missing" for name in sorted(set(expected) - set(tensors) - optional)]
-    problems += [f"{name} is unexpected" for name in sorted(set(tensors) - set(expected))]
-    for name, tensor in tensors.items():
-        got, shape = tuple(tensor.shape), expected.get(name, tuple(tensor.shape))
-        if len(got) != len(shape) or any(a not in (b, _ANY_RANK) for a, b in zip(shape, got, strict=True)):
-            problems.append(f"{name}: expected shape {_shape_text(shape)}, got {list(got)}")
-        if tensor.dtype not in DTYPES:
-            problems.append(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
-    if not problems:
-        problems = _rank_problems(tensors)
-    if problems:
-        raise ArtifactError(
-            f"{where}: the tensors do not fit the header: {shortened(problems, separator='; ')}. "
-            "Copy or merge the artifact again."
-        )
-
-
-def _rank_problems(tensors: Mapping[str, Tensor]) -> list[str]:
-    problems = []
-    for name in tensors:
-        if name.startswith("tasks.") and name.endswith(".s"):
-            stem = name.removesuffix(".s")
-            u, s, vh = (tensors[f"{stem}.{part}"] for part in ("u", "s", "vh"))
-            if not u.shape[1] == s.shape[0] == vh.shape[0]:
-                problems.append(
-                    f"{stem}: u, s and vh have the ranks {u.shape[1]}, {s.shape[0]} and {vh.shape[0]}"
-                )
-    return problems
-
-
-def _check_values(tensors: Mapping[str, Tensor], where: str) -> None:
-    bad = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-    if bad:
-        raise ArtifactError(
-            f"{where}: NaN or infinite values in {shortened(bad)}. Merge again from sound checkpoints."
-        )
-
-
-def _shape_text(shape: tuple[int, ...]) -> str:
-    return f"[{', '.join('R' if size == _ANY_RANK else str(size) for size in shape)}]"

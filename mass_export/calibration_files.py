@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mass_export.artifact import Artifact
-from mass_export.calibration import calibrate_pool, calibrate_task_images
+from mass_export.calibration_pool import calibrate_pool
+from mass_export.calibration_task_images import calibrate_task_images
 from mass_export.errors import DataError
 from mass_export.image_pool import load_pool
 from mass_export.progress import Progress

@@ -54,6 +54,18 @@ def fit_discriminant(
     return weight, bias
 
 
+def with_absent_tasks(
+    weight: NDArray[np.float64], bias: NDArray[np.float64], rows: NDArray[np.int64], T: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of the tasks that had images; the others get the average task's. [T, M*D], [T] float32
+
+    The average is subtracted from all: a softmax does not see it, and float32 is spared its magnitude.
+    """
+    full_weight, full_bias = np.zeros((T, weight.shape[1])), np.zeros(T)
+    full_weight[rows], full_bias[rows] = weight - weight.mean(axis=0), bias - bias.mean()
+    return torch.from_numpy(full_weight).float(), torch.from_numpy(full_bias).float()
+
+
 def cross_validated_posterior(
     features: NDArray[np.float64], labels: NDArray[np.int64]
 ) -> NDArray[np.float64]:

@@ -31,6 +31,11 @@ def normalised(images: NDArray[np.uint8], spec: PreprocessSpec) -> NDArray[np.fl
     return np.ascontiguousarray(normalized(images, spec))
 
 
+def mean_and_std(spec: PreprocessSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Of the normalisation, for images [.., 3, H, W]. [3, 1, 1] each"""
+    return np.array(spec.mean, np.float32)[:, None, None], np.array(spec.std, np.float32)[:, None, None]
+
+
 def nearest_bytes(pixel_values: NDArray[np.float32], spec: PreprocessSpec) -> NDArray[np.uint8]:
     """The bytes that come nearest to normalised images: [B, 3, H, W] -> [B, H, W, 3]."""
     mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from mass_export.artifact import Artifact, read_artifact, write_artifact
 from mass_export.baselines import baselines_to_dict, evaluate_baselines, tsvm_recipe
-from mass_export.calibration import calibrate_pool, calibrate_task_images
+from mass_export.calibration_pool import calibrate_pool
+from mass_export.calibration_task_images import calibrate_task_images
 from mass_export.datasets import DEFAULT_SPLIT, load_labelled_images
 from mass_export.evaluation import evaluate_bundle
 from mass_export.examples import example_answers

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mass_export.artifact import Artifact
+from mass_export.image_input import mean_and_std
 from mass_export.verify import enlarged
 from runtime.bundle import PreprocessSpec
 
@@ -43,10 +44,8 @@ def synthetic_images(artifact: Artifact, count: int = SYNTHETIC_IMAGES, seed: in
             picture = gradient(rng.random((3, 2, 2)), H, W)
         span = picture.max() - picture.min()
         images[i] = (picture - picture.min()) / (span if span > 0 else 1)
-    spec = artifact.info.preprocess
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (spec.mean, spec.std))
-    normalised: NDArray[np.float32] = (images - mean) / std
-    return normalised
+    mean, std = mean_and_std(artifact.info.preprocess)
+    return (images - mean) / std
 
 
 def dull_images(
@@ -64,7 +63,7 @@ def dull_images(
     """
     rng = np.random.default_rng(seed)
     H, W = spec.image_size
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (spec.mean, spec.std))
+    mean, std = mean_and_std(spec)
     pictures = pixel_values[rng.permutation(len(pixel_values))[:DULL_IMAGES]] * std + mean
     middle = pictures.mean(axis=(2, 3), keepdims=True)
     blank = np.concatenate([np.linspace(0, 1, 8)[:, None] * np.ones(3), rng.random((DULL_IMAGES // 2, 3))])

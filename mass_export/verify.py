@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mass_export.artifact import Artifact
 from mass_export.errors import VerificationError
-from mass_export.image_input import nearest_bytes, normalised
+from mass_export.image_input import mean_and_std, nearest_bytes, normalised
 from mass_export.model import MassModel
 from mass_export.progress import Progress
 from runtime.bundle import MANIFEST_FILE, PreprocessSpec
@@ -141,7 +141,7 @@ def random_pixel_values(spec: PreprocessSpec, count: int) -> NDArray[Any]:
     """The same for preprocessing alone, as bytes if it says so. [count, 3, H, W] float32 or [count, H, W, 3] uint8"""
     rng = np.random.default_rng(0)
     H, W = spec.image_size
-    mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (spec.mean, spec.std))
+    mean, std = mean_and_std(spec)
     images = np.empty((count, 3, H, W), dtype=np.float32)
     for i in range(count):
         cells = 2 ** (1 + i % 5)  # from broad patches to fine noise

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
-import typing
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -18,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backends import open_sessions
-from runtime.bundle import GateMode, HeadChoice, RouterSpec, Verify
+from runtime.bundle import GateMode, HeadChoice, Verify
 from runtime.cores import CoreCache
 from runtime.device_array import DeviceArray, is_foreign_device_array
 from runtime.errors import BackendError, InputError
 from runtime.integrity import check_bundle, extra_files, hashed_meanwhile, require_unchanged
 from runtime.manifest import read_manifest
-from runtime.manifest_checks import router_fault
 from runtime.one_task import OneTaskPass
+from runtime.options import overridden, require_choice, require_count
 from runtime.prediction import ForwardResult, Prediction, joined, predictions_from_result
 from runtime.preprocess import ImageSource, pixel_values_from_images
 from runtime.provider import Provider
@@ -106,13 +104,13 @@ class Classifier:
         """
         directory = Path(bundle_dir)
         for name, count in {"batch_size": batch_size, "core_cache_sets": core_cache_sets}.items():
-            _require_count(name, count)
+            require_count(name, count)
         if num_threads is not None:
-            _require_count("num_threads", num_threads)
-        _require_choice("provider", provider, Provider)
-        _require_choice("verify", verify, Verify)
+            require_count("num_threads", num_threads)
+        require_choice("provider", provider, Provider)
+        require_choice("verify", verify, Verify)
         self.manifest = read_manifest(directory)
-        self.router = _overridden(
+        self.router = overridden(
             self.manifest.router,
             mode=mode,
             threshold=threshold,
@@ -201,7 +199,7 @@ class Classifier:
             raise InputError(
                 f"images: expected several, got one {type(images).__name__}; put it into a list."
             )
-        _require_count("top_k", top_k)
+        require_count("top_k", top_k)
         return self._predictions(iter(images), self._allowed(tasks), top_k)
 
     def _predictions(
@@ -436,33 +434,6 @@ class Classifier:
 
 def _contiguous(images: Any) -> Any:
     return images if isinstance(images, DeviceArray) else np.ascontiguousarray(images)
-
-
-def _overridden(router: RouterSpec, **overrides: Any) -> RouterSpec:
-    given = {name: value for name, value in overrides.items() if value is not None}
-    for name, value in given.items():
-        if name == "max_tasks":
-            _require_count(name, value)
-        elif name in ("threshold", "temperature", "unknown_threshold"):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise InputError(f"{name}: expected a finite number, got {value!r}.")
-        else:
-            _require_choice(name, value, {"mode": GateMode, "head_choice": HeadChoice}[name])
-    router = dataclasses.replace(router, **given)
-    if fault := router_fault(router):
-        raise InputError(f"{fault}.")
-    return router
-
-
-def _require_choice(name: str, value: object, literal: Any) -> None:
-    choices = typing.get_args(literal)
-    if value not in choices:
-        raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value!r}.")
-
-
-def _require_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name}: expected an integer >= 1, got {value!r}.")
 
 
 def _require_finite(name: str, values: NDArray[np.float32]) -> None:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from mass_export.artifact import Artifact
-from mass_export.calibration import tap_features
+from mass_export.calibration_features import tap_features
 from mass_export.datasets import load_labelled_images
 from mass_export.discriminant import fit_discriminant
 from mass_export.layer_choice import macro_average

@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from mass_export.artifact import Artifact
 from mass_export.baselines import evaluate_baselines
-from mass_export.calibration import calibrate_pool, calibrate_task_images, tap_features
+from mass_export.calibration_features import tap_features
+from mass_export.calibration_pool import calibrate_pool
+from mass_export.calibration_task_images import calibrate_task_images
 from mass_export.datasets import load_labelled_images
 from mass_export.head_evidence import judge_heads
 from mass_export.heads import Head

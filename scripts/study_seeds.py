@@ -37,7 +37,8 @@ from study_routers import (
     without_task_component,
 )
 
-from mass_export.calibration import calibrate_pool, calibrate_task_images
+from mass_export.calibration_pool import calibrate_pool
+from mass_export.calibration_task_images import calibrate_task_images
 from mass_export.merge import merge
 from mass_export.progress import Progress
 from mass_export.router_spec import RouterSettings

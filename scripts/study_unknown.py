@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from study_routers import batches, markdown, of_tasks
 
 from mass_export.artifact import Artifact
-from mass_export.calibration import calibrate_pool, calibrate_task_images
+from mass_export.calibration_pool import calibrate_pool
+from mass_export.calibration_task_images import calibrate_task_images
 from mass_export.datasets import load_labelled_images
 from mass_export.evaluation import area_under_roc
 from mass_export.merge import merge

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from mass_export.artifact import Artifact, write_artifact
-from mass_export.calibration import calibrate_task_images
+from mass_export.calibration_task_images import calibrate_task_images
 from mass_export.cli import main
 from mass_export.diagnosis import diagnose, json_from_diagnosis
 from mass_export.diagnosis_report import Diagnosis, print_diagnosis

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from mass_export.artifact import Artifact, write_artifact
-from mass_export.calibration import calibrate_task_images
+from mass_export.calibration_task_images import calibrate_task_images
 from mass_export.cli import main
 from mass_export.errors import ArtifactError
 from mass_export.inspection import inspect

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mass_export.artifact import Artifact, read_artifact, write_artifact
-from mass_export.calibration import calibrate_pool, calibrate_task_images, tap_features
+from mass_export.calibration_features import tap_features
+from mass_export.calibration_pool import calibrate_pool
+from mass_export.calibration_task_images import calibrate_task_images
 from mass_export.discriminant import cross_validate, fit_discriminant
 from mass_export.errors import DataError
 from mass_export.head_evidence import agreement

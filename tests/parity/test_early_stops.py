@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mass_export.artifact import Artifact, read_artifact, write_artifact
-from mass_export.calibration import calibrate_task_images
+from mass_export.calibration_task_images import calibrate_task_images
 from mass_export.early_stops import HARM, LEAST_IMAGES, choose_stops
 from mass_export.errors import RecipeError
 from mass_export.merge import merge
