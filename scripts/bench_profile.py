@@ -14,6 +14,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,11 @@ LAYOUT = ("Reshape", "Transpose", "Split", "Squeeze", "Unsqueeze", "Concat", "Pa
 @contextlib.contextmanager
 def profiled(prefix: Path) -> Iterator[None]:
     """Sessions that are opened meanwhile write a profile when it is asked for."""
-    original = onnxruntime.SessionOptions
+    original, numbers = onnxruntime.SessionOptions, count()
 
     def options() -> Any:
         made = original()
-        made.enable_profiling, made.profile_file_prefix = True, str(prefix)
+        made.enable_profiling, made.profile_file_prefix = True, f"{prefix}{next(numbers)}"
         return made
 
     onnxruntime.SessionOptions = options
