@@ -36,7 +36,7 @@ def write_plain_pass(bundle: Path, directory: Path, *, trimmed: bool = False) ->
     """Write `plain.onnx` (`trimmed.onnx`) and its weights.
 
     Args:
-        bundle: exported in fp32 or fp16; the plain pass is always fp32.
+        bundle: in any precision; the plain pass is always fp32, of random weights where the bundle has int8.
         directory: where to; exists.
         trimmed: run the last block for the CLS token alone.
 
@@ -102,8 +102,10 @@ def _base_parameters(
             params[CONV1] = map_array(bundle, tables.conv1)[0].T.reshape(shapes[CONV1])
         elif f"{BASE}{CONV1}.T" in stored:
             params[CONV1] = _array(stored, f"{BASE}{CONV1}.T").T.reshape(shapes[CONV1])
-    for name, shape in shapes.items():  # values do not matter for what is left, sizes do
-        params.setdefault(name, np.full(shape, 0.02, np.float32))
+    rng = np.random.default_rng(0)
+    for name, shape in shapes.items():  # of an int8 bundle; equal weights would be stored, and read, once
+        if name not in params:
+            params[name] = 0.02 * rng.standard_normal(shape, np.float32)
     return {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in params.items()}
 
 
