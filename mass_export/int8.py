@@ -250,15 +250,18 @@ class Int8Conversion:
             self._replace(node, self._product(node, node.inputs[0], _Dense(value, factors), FEWER))
 
     def _widen(self, value: ir.Value) -> ir.Value:
-        """Cast to float32 for all readers of a value."""
+        """Cast to float32 for all readers of a value, where it is made: ONNX Runtime runs older nodes later."""
         readers = list(value.uses())
         value.type = ir.TensorType(ir.DataType.INT8)
-        order = {node: place for place, node in enumerate(self._graph)}
-        first = min((node for node, _ in readers), key=order.__getitem__)
-        wide = self._add(first, "Cast", value, to=int(ir.DataType.FLOAT))
+        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
         for reader, at in readers:
-            reader.replace_input_with(at, wide)
-        return wide
+            reader.replace_input_with(at, cast.outputs[0])
+        maker = value.producer()
+        if maker is None:
+            self._graph.insert_before(self._graph[0], cast)
+        else:
+            self._graph.insert_after(maker, cast)
+        return cast.outputs[0]
 
     def _drop_unread(self) -> None:
         for node in reversed(list(self._graph)):

@@ -72,15 +72,17 @@ class OneTaskLayers(Layers):
     def linear(self, name: str, x: ir.Value, rows: int, columns: slice | None = None) -> ir.Value:
         """`x W0^T + ((x VH^T) * s) U^T + b`."""
         graph, width = self.graph, self._params[name].shape
-        weight, left, bias = self.transposed(name), self._left(name), self.parameter(bias_name(name))
+        # First of all: ONNX Runtime runs older nodes later, so these just before their products.
+        left, right, scale = self._left(name), self._right(name), self._scale(name)
+        weight, bias = self.transposed(name), self.parameter(bias_name(name))
         start, stop = 0, int(width[0])
         if columns is not None:
             start, stop = columns.start, columns.stop
             weight, left = self.take(weight, columns, axis=1), self.take(left, columns, axis=2)
             bias = self.take(bias, columns, axis=-1)
         y = self._by_set(graph.op("MatMul", x, weight), stop - start)
-        h = graph.op("MatMul", self._by_set(x, int(width[1])), self._transposed(self._right(name)))
-        h = graph.op("Mul", h, self._scale(name))
+        h = graph.op("MatMul", self._by_set(x, int(width[1])), self._transposed(right))
+        h = graph.op("Mul", h, scale)
         if self._vectors:  # the bias as one more direction: one sum less over every output
             left = graph.op("Concat", left, bias, axis=1)
             h = graph.op("Pad", h, graph.integers(0, 0, 0, 0, 0, 1), graph.scalar(1.0))
@@ -91,9 +93,10 @@ class OneTaskLayers(Layers):
     def patch_projection(self, patches: ir.Value) -> ir.Value:
         """`x W0^T + ((x VH^T) * s) U^T` for all sets at once: [B, N-1, 3*P*P] -> [B, N-1, D]."""
         graph, D = self.graph, self.spec.width
+        left, right, scale = self._left(CONV1), self._right(CONV1), self._scale(CONV1)
         x = self._by_set(patches, int(self._bases[CONV1].vh.shape[2]))
-        h = graph.op("Mul", graph.op("MatMul", x, self._transposed(self._right(CONV1))), self._scale(CONV1))
-        delta = graph.op("MatMul", h, self._left(CONV1))
+        h = graph.op("Mul", graph.op("MatMul", x, self._transposed(right)), scale)
+        delta = graph.op("MatMul", h, left)
         y = graph.op("Add", self._by_set(super().patch_projection(patches), D), delta)
         return graph.op("Reshape", y, graph.integers(-1, self.spec.tokens - 1, D))
 
@@ -132,8 +135,9 @@ class OneTaskLayers(Layers):
     def projection(self, pooled: ir.Value) -> ir.Value:
         """`x proj + ((x U) * s) VH`: proj is applied from the right, so its factors swap sides."""
         graph, name, E = self.graph, "proj", self.spec.embed_dim
-        h = graph.op("MatMul", self._by_set(pooled, self.spec.width), self._transposed(self._left(name)))
-        delta = graph.op("MatMul", graph.op("Mul", h, self._scale(name)), self._right(name))
+        left, right, scale = self._left(name), self._right(name), self._scale(name)
+        h = graph.op("MatMul", self._by_set(pooled, self.spec.width), self._transposed(left))
+        delta = graph.op("MatMul", graph.op("Mul", h, scale), right)
         y = graph.op("Add", self._by_set(super().projection(pooled), E), delta)
         return graph.op("Reshape", y, graph.integers(-1, 1, E))
 

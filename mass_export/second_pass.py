@@ -134,6 +134,13 @@ class AdaptiveLayers(Layers):
             for name, stored in bases.items():
                 side = f"K*{stored.vh.shape[1]}"
                 self._cores[name] = graph.input(stored.core, ir.DataType.FLOAT, ["S", side, side])
+        # Before all that reads them: ONNX Runtime runs what is older later, so each slice just before its product, and
+        # does not hold all of them at once.
+        self._slices = {
+            (name, side): self._gather_bases(f"bases.{name}.{side}", getattr(stored, side))
+            for name, stored in self._bases.items()
+            for side in ("u_t", "vh")
+        }
         self._tables = tables
         self._values = self._gather_vectors() if tables is not None else {}
 
@@ -198,11 +205,11 @@ class AdaptiveLayers(Layers):
 
     def _left(self, name: str) -> ir.Value:
         """Gathered U^T. [S, K*R, D_out]"""
-        return self._gather_bases(f"bases.{name}.u_t", self._bases[name].u_t)
+        return self._slices[name, "u_t"]
 
     def _right(self, name: str) -> ir.Value:
         """Gathered VH. [S, K*R, D_in]"""
-        return self._gather_bases(f"bases.{name}.vh", self._bases[name].vh)
+        return self._slices[name, "vh"]
 
     def _gather_bases(self, initializer: str, stored: StoredArray) -> ir.Value:
         graph = self.graph
