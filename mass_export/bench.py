@@ -9,7 +9,6 @@ any merging would cost. `plain_trimmed` runs its last block for the CLS token al
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from mass_export.machine import describe_machine
 from mass_export.progress import Progress
 from mass_export.tables import Table
 from runtime.classifier import Classifier
+from runtime.machine import processors
 from runtime.onnx_session import OnnxSession
 from runtime.second_pass import TaskSet
 
@@ -109,7 +109,7 @@ def bench_bundle(
     Returns:
         `machine`, `start` (seconds and memory, see `bench_start`) and `rows`, see `Timing`.
     """
-    threads = settings.threads or len(os.sched_getaffinity(0))
+    threads = settings.threads or processors()
     with tempfile.TemporaryDirectory() as scratch:
         plain_file = write_plain_pass(bundle, Path(scratch))
         started = bench_start(bundle, plain_file, threads=threads, rounds=settings.starts, progress=progress)

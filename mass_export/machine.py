@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runtime.machine import processors
+
 PACKAGES = ("mass-export", "torch", "open_clip_torch", "onnxruntime", "numpy", "pillow")
 
 
@@ -15,7 +17,7 @@ def describe_machine() -> dict[str, Any]:
     """Processor, memory, system and versions, for JSON."""
     return {
         "processor": _processor(),
-        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processors": processors(),
         "memory_gib": _memory_gib(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

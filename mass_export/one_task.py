@@ -72,8 +72,7 @@ class OneTaskLayers(Layers):
     def linear(self, name: str, x: ir.Value, rows: int, columns: slice | None = None) -> ir.Value:
         """`x W0^T + ((x VH^T) * s) U^T + b`."""
         graph, width = self.graph, self._params[name].shape
-        # First of all: ONNX Runtime runs older nodes later, so these just before their products.
-        left, right, scale = self._left(name), self._right(name), self._scale(name)
+        left, right, scale = self._factors(name)
         weight, bias = self.transposed(name), self.parameter(bias_name(name))
         start, stop = 0, int(width[0])
         if columns is not None:
@@ -93,7 +92,7 @@ class OneTaskLayers(Layers):
     def patch_projection(self, patches: ir.Value) -> ir.Value:
         """`x W0^T + ((x VH^T) * s) U^T` for all sets at once: [B, N-1, 3*P*P] -> [B, N-1, D]."""
         graph, D = self.graph, self.spec.width
-        left, right, scale = self._left(CONV1), self._right(CONV1), self._scale(CONV1)
+        left, right, scale = self._factors(CONV1)
         x = self._by_set(patches, int(self._bases[CONV1].vh.shape[2]))
         h = graph.op("Mul", graph.op("MatMul", x, self._transposed(right)), scale)
         delta = graph.op("MatMul", h, left)
@@ -114,8 +113,9 @@ class OneTaskLayers(Layers):
     def positions(self) -> ir.Value:
         """Positions of each set's task, its class embedding in row 0. [S, N, D]"""
         graph, name, spec = self.graph, "positional_embedding", self.spec
-        left = self._transposed(graph.op("Mul", self._left(name), self._transposed(self._scale(name))))
-        table = graph.op("MatMul", left, self._right(name))  # [S, N, D]
+        left, right, scale = self._factors(name)
+        left = self._transposed(graph.op("Mul", left, self._transposed(scale)))
+        table = graph.op("MatMul", left, right)  # [S, N, D]
         if not self._vectors:
             return graph.op("Add", table, super().positions())
         cls = graph.op(
@@ -135,7 +135,7 @@ class OneTaskLayers(Layers):
     def projection(self, pooled: ir.Value) -> ir.Value:
         """`x proj + ((x U) * s) VH`: proj is applied from the right, so its factors swap sides."""
         graph, name, E = self.graph, "proj", self.spec.embed_dim
-        left, right, scale = self._left(name), self._right(name), self._scale(name)
+        left, right, scale = self._factors(name)
         h = graph.op("MatMul", self._by_set(pooled, self.spec.width), self._transposed(left))
         delta = graph.op("MatMul", graph.op("Mul", h, scale), right)
         y = graph.op("Add", self._by_set(super().projection(pooled), E), delta)
@@ -148,14 +148,18 @@ class OneTaskLayers(Layers):
             self._inputs[name] = self.graph.op("Gather", stack, self._tasks, axis=0)
         return self._inputs[name]
 
-    def _left(self, name: str) -> ir.Value:
-        return self._gathered(f"{LEFT}{name}", "T", f"R.{name}", self._bases[name].u_t.shape[2])
+    def _factors(self, name: str) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The sets' left and right bases and scales: [S, R, D_out], [S, R, D_in], [S, 1, R]
 
-    def _right(self, name: str) -> ir.Value:
-        return self._gathered(f"{RIGHT}{name}", "T", f"R.{name}", self._bases[name].vh.shape[2])
-
-    def _scale(self, name: str) -> ir.Value:
-        return self._gathered(f"{SCALE}{name}", "T", 1, f"R.{name}")
+        To be called before other nodes are made of the layer's input: ONNX Runtime runs older nodes later, so these
+        come just before their products, and not all layers' are held at once.
+        """
+        bases, rank = self._bases[name], f"R.{name}"
+        return (
+            self._gathered(f"{LEFT}{name}", "T", rank, bases.u_t.shape[2]),
+            self._gathered(f"{RIGHT}{name}", "T", rank, bases.vh.shape[2]),
+            self._gathered(f"{SCALE}{name}", "T", 1, rank),
+        )
 
     def _transposed(self, value: ir.Value) -> ir.Value:
         return self.graph.op("Transpose", value, perm=[0, 2, 1])

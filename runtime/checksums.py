@@ -11,6 +11,7 @@ from pathlib import Path
 
 from runtime.bundle import PIECE_BYTES, FileSpec, Verify
 from runtime.errors import BundleError
+from runtime.machine import processors
 
 
 def sha256_of_file(path: Path) -> str:
@@ -22,7 +23,7 @@ def sha256_of_file(path: Path) -> str:
 def file_spec(path: Path) -> FileSpec:
     """Size and checksums of a file."""
     size = path.stat().st_size
-    with ThreadPoolExecutor(_processors()) as pool:
+    with ThreadPoolExecutor(processors()) as pool:
         whole = pool.submit(sha256_of_file, path)
         starts = range(0, size, PIECE_BYTES) if size > PIECE_BYTES else ()
         pieces = pool.map(lambda start: _sha256_of_piece(path, start), starts)
@@ -48,7 +49,7 @@ def check_files(
     Raises:
         BundleError: naming every missing, resized or changed file.
     """
-    with ThreadPoolExecutor(threads or _processors()) as pool:
+    with ThreadPoolExecutor(threads or processors()) as pool:
         pending: dict[str, list[Future[bool]]] = {}
         problems: dict[str, str] = {}
         for name, spec in files.items():
@@ -93,9 +94,3 @@ def _sha256_of_piece(path: Path, start: int) -> str:
             return hashlib.sha256().hexdigest()
         with mmap.mmap(file.fileno(), length, offset=start, access=mmap.ACCESS_READ) as piece:
             return hashlib.sha256(piece).hexdigest()
-
-
-def _processors() -> int:
-    """Those that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

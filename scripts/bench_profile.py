@@ -8,22 +8,19 @@ itself costs a few microseconds an operator.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import onnxruntime
 
 from mass_export.bench import random_images
 from mass_export.bench_plain import write_plain_pass
+from mass_export.bench_profile import operator_runs, profiled
 from runtime.bundle import Manifest
 from runtime.manifest import read_manifest
 from runtime.one_task import OneTaskPass
@@ -40,23 +37,6 @@ KINDS = (
     "other",
 )
 LAYOUT = ("Reshape", "Transpose", "Split", "Squeeze", "Unsqueeze", "Concat", "Pad", "Slice", "Shape")
-
-
-@contextlib.contextmanager
-def profiled(prefix: Path) -> Iterator[None]:
-    """Sessions that are opened meanwhile write a profile when it is asked for."""
-    original, numbers = onnxruntime.SessionOptions, count()
-
-    def options() -> Any:
-        made = original()
-        made.enable_profiling, made.profile_file_prefix = True, f"{prefix}{next(numbers)}"
-        return made
-
-    onnxruntime.SessionOptions = options
-    try:
-        yield
-    finally:
-        onnxruntime.SessionOptions = original
 
 
 def kind_of(event: dict[str, Any]) -> str:
@@ -76,11 +56,9 @@ def kind_of(event: dict[str, Any]) -> str:
 
 def times_of(session: OnnxSession) -> dict[str, float]:
     """Milliseconds of a call by kind, medians of each operator."""
-    events = json.loads(Path(session._session.end_profiling()).read_text(encoding="utf-8"))  # noqa: SLF001
     taken: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            taken[event["name"], kind_of(event)].append(event["dur"] / 1e3)
+    for event in operator_runs(session):
+        taken[event["name"], kind_of(event)].append(event["dur"] / 1e3)
     found = dict.fromkeys(KINDS, 0.0)
     for (_, kind), ms in taken.items():
         found[kind] += float(np.median(ms))
@@ -123,7 +101,7 @@ def main(bundle: Path, batch: int, threads: int, calls: int) -> None:
     if manifest.one_task is None:
         raise click.ClickException(f"{bundle}: has no one-task graphs; export it as fp32 or int8.")
     images = random_images(manifest, batch, seed=0)
-    with tempfile.TemporaryDirectory() as scratch, profiled(Path(scratch) / "profile"):
+    with tempfile.TemporaryDirectory() as scratch, profiled(Path(scratch)):
         plain = OnnxSession(write_plain_pass(bundle, Path(scratch)), "cpu", threads)
         run = partial(plain.run, {"pixel_values": images})
         for _ in range(calls):

@@ -15,12 +15,13 @@ from typing import Any
 
 from runtime.checksums import check_files
 from runtime.errors import BackendError, MassRuntimeError
+from runtime.machine import processors
 from runtime.manifest import read_manifest
 from runtime.serving.engine import bundle_digest
 from runtime.serving.gate import KEY_VARIABLE, LIMITS_VARIABLE, limits_to_environment
 from runtime.serving.haproxy import prepare
 from runtime.serving.metrics import DIRECTORY_VARIABLE
-from runtime.serving.settings import MIB, ServeSettings, processors
+from runtime.serving.settings import MIB, ServeSettings
 
 OBJECT_STORE_BYTES = 200 * MIB  # requests pass through it only when they are large
 APP = "mass"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from runtime.errors import InputError
+from runtime.machine import processors
 from runtime.provider import Provider
 
 MIB = 1 << 20
@@ -166,11 +166,6 @@ class BatchSettings:
     def worker_threads(self) -> int:
         """Threads of one worker: what was asked for, or its share of this machine's processors."""
         return self.threads or max(1, processors() // self.workers)
-
-
-def processors() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def option_fields(kind: type[Any]) -> list[tuple[dataclasses.Field[Any], type[Any]]]:

@@ -3,14 +3,8 @@ import argparse
 import pytest
 
 from runtime.errors import InputError
-from runtime.serving.settings import (
-    BatchSettings,
-    Limits,
-    ServeSettings,
-    add_arguments,
-    processors,
-    settings_from,
-)
+from runtime.machine import processors
+from runtime.serving.settings import BatchSettings, Limits, ServeSettings, add_arguments, settings_from
 
 
 def test_a_command_line_without_options_gives_the_defaults():
