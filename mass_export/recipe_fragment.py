@@ -15,8 +15,10 @@ from pathlib import Path
 
 from mass_export.checks import checked_mapping, require
 from mass_export.errors import RecipeError
-from mass_export.recipe import Recipe, TaskDefaults, parse_yaml, rank_settings, task_from_entry
+from mass_export.recipe import Recipe, TaskDefaults, task_from_entry
+from mass_export.recipe_settings import rank_settings
 from mass_export.recipe_sources import checkpoint_source
+from mass_export.recipe_yaml import parse_yaml
 from mass_export.spec import ArtifactInfo
 
 _KEYS = ("base", "rank_ratio", "rank", "tasks")

@@ -23,7 +23,7 @@ from runtime.errors import BackendError, InputError
 from runtime.integrity import check_bundle, extra_files, hashed_meanwhile, require_unchanged
 from runtime.manifest import read_manifest
 from runtime.one_task import OneTaskPass
-from runtime.options import overridden, require_choice, require_count
+from runtime.options import allowed_tasks, overridden, require_choice, require_count, require_pixel_values
 from runtime.prediction import ForwardResult, Prediction, joined, predictions_from_result
 from runtime.preprocess import ImageSource, pixel_values_from_images
 from runtime.provider import Provider
@@ -200,7 +200,7 @@ class Classifier:
                 f"images: expected several, got one {type(images).__name__}; put it into a list."
             )
         require_count("top_k", top_k)
-        return self._predictions(iter(images), self._allowed(tasks), top_k)
+        return self._predictions(iter(images), allowed_tasks(tasks, self.tasks), top_k)
 
     def _predictions(
         self, images: Iterator[ImageSource], allowed: TaskSet | None, top_k: int
@@ -268,7 +268,7 @@ class Classifier:
         self._require_open()
         if is_foreign_device_array(pixel_values) and self.provider == "tensorrt":
             pixel_values = self._first.stage(pixel_values)
-        self._require_pixel_values(pixel_values)
+        require_pixel_values(pixel_values, self.manifest.preprocess)
         return pixel_values
 
     def _forward_parts(
@@ -277,7 +277,7 @@ class Classifier:
         counts = [count for count, _ in parts]
         if sum(counts) != len(pixel_values) or min(counts) < 1:
             raise InputError(f"parts: {counts} images do not make up a batch of {len(pixel_values)}.")
-        allowed = [self._allowed(tasks) for _, tasks in parts]
+        allowed = [allowed_tasks(tasks, self.tasks) for _, tasks in parts]
         found: list[list[ForwardResult]] = [[] for _ in parts]
         for rows, members in batches_of_parts(counts, self._batch_size):
             results = self._forward(pixel_values[rows], [(count, allowed[part]) for part, count in members])
@@ -398,38 +398,6 @@ class Classifier:
             )
         if self._closed:
             raise BackendError("the classifier is closed; make a new one.")
-
-    def _require_pixel_values(self, pixel_values: object) -> None:
-        spec = self.manifest.preprocess
-        if not isinstance(pixel_values, np.ndarray | DeviceArray):
-            raise InputError(f"pixel_values: expected a numpy array, got {type(pixel_values).__name__}.")
-        if len(pixel_values.shape) != 4 or tuple(pixel_values.shape[1:]) != spec.input_shape:
-            expected = ", ".join(map(str, spec.input_shape))
-            raise InputError(f"pixel_values: expected shape [B, {expected}], got {list(pixel_values.shape)}.")
-        if pixel_values.dtype != spec.dtype:
-            raise InputError(f"pixel_values: expected {spec.dtype}, got {pixel_values.dtype}.")
-        if not len(pixel_values):
-            raise InputError("pixel_values: the batch is empty.")
-        if isinstance(pixel_values, DeviceArray) or spec.dtype == "uint8":
-            return
-        unfit = np.flatnonzero(~np.isfinite(pixel_values).all(axis=(1, 2, 3)))
-        if len(unfit):
-            raise InputError(f"pixel_values: NaN or infinity in image {unfit[0]}.")
-
-    def _allowed(self, tasks: Iterable[str] | None) -> TaskSet | None:
-        """Indices of the given tasks, ascending; None for all."""
-        if tasks is None:
-            return None
-        if isinstance(tasks, str):
-            raise InputError(f"tasks: expected several names, got one string; write [{tasks!r}].")
-        names = list(tasks)
-        unknown = [repr(name) for name in names if name not in self.tasks]
-        if unknown or not names:
-            fault = f"unknown {', '.join(unknown)}" if unknown else "none given"
-            raise InputError(f"tasks: {fault}; this bundle has {', '.join(self.tasks)}.")
-        if len(set(names)) != len(names):
-            raise InputError(f"tasks: names repeat in {', '.join(names)}.")
-        return tuple(sorted(self.tasks.index(name) for name in names))
 
 
 def _contiguous(images: Any) -> Any:
