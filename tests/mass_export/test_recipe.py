@@ -214,6 +214,6 @@ def test_the_documented_recipe_uses_known_keys():
     text = "\n".join(line for line in module.__doc__.splitlines() if line.startswith("    "))
     recipe = yaml.safe_load(text)
     assert set(recipe) <= set(module._TOP_KEYS)
-    assert set(module._MERGE_KEYS) <= set(recipe)
+    assert set(module.MERGE_KEYS) <= set(recipe)
     assert set(recipe["tasks"][0]) <= set(module._TASK_KEYS)
     assert re.search("Only model, base and tasks are required", module.__doc__)
