@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 
 from mass_export.graph import tensor_spec
 from mass_export.int8 import Int8Conversion, int8_rows, save_int8
+from mass_export.one_task import LEFT, RIGHT
+from mass_export.second_pass import BASES
+from mass_export.stacked_bases import SIDES, Side, moved, place_in
 from mass_export.weights_file import WeightsFile
 from runtime.bundle import (
     FIRST_PASS,
@@ -21,6 +25,7 @@ from runtime.bundle import (
     PassSpec,
     StoredArray,
     VectorTables,
+    all_matrices,
 )
 from runtime.checksums import file_specs
 from runtime.manifest import json_from_manifest
@@ -45,26 +50,25 @@ def convert_bundle_int8(
     weights_file = next(iter(manifest.matrices)).u_t.file
     passes, one_task = {}, manifest.one_task
     with WeightsFile(target / weights_file) as weights:
-        stored = {matrix.name: _Bases(source, matrix) for matrix in manifest.matrices}
+        bases = _Bases(source, manifest, weights)
         conv1 = None
         tables = None if one_task is None else one_task.tables
         if tables is not None and tables.conv1_bases is not None:
-            stored[tables.conv1_bases.name] = patches = _Bases(source, tables.conv1_bases)
             vectors = weights.add(np.asarray(map_array(source, tables.vectors)))
-            tables = VectorTables(vectors, conv1_bases=patches.store(weights))
+            tables = VectorTables(vectors, conv1_bases=bases.matrices[tables.conv1_bases.name])
         elif tables is not None and tables.conv1 is not None:
             conv1 = _Convolutions(source, tables.vectors, tables.conv1)
             tables = conv1.store(weights)
         for name, spec in manifest.passes.items():
             kept = PRECISE_ROUTER if precise_router and name == FIRST_PASS else ()
-            passes[name] = _convert_pass(source / spec.file, spec, target, weights, stored, conv1, kept)
+            passes[name] = _convert_pass(source / spec.file, spec, target, weights, bases.steps, conv1, kept)
         if one_task is not None:
             if precise_router:  # then the first pass shares no weights
                 one_task = dataclasses.replace(one_task, routers=())
             for file in one_task.files:
                 _convert_part(source / file, target / file, weights, conv1)
-            one_task = dataclasses.replace(one_task, tables=tables)
-        matrices = tuple(stored[matrix.name].store(weights) for matrix in manifest.matrices)
+            one_task = dataclasses.replace(one_task, tables=tables, bases=bases.tables)
+        matrices = tuple(bases.matrices[matrix.name] for matrix in manifest.matrices)
     files = file_specs(target)
     converted = dataclasses.replace(
         manifest,
@@ -92,23 +96,62 @@ def round_first_pass(onnx_file: Path, spec: PassSpec, target: Path) -> PassSpec:
 
 
 class _Bases:
-    """One matrix' bases, rounded; one scale for each direction of each task."""
+    """All bases, rounded; one scale for each direction of each task.
 
-    def __init__(self, source: Path, matrix: MatrixBases) -> None:
-        self._matrix = matrix
-        self.u_t, self.u_scale = int8_rows(map_array(source, matrix.u_t))
-        self.vh, self.vh_scale = int8_rows(map_array(source, matrix.vh))
-        self.s: NDArray[np.float32] = np.asarray(map_array(source, matrix.s))
+    Attributes:
+        matrices: as they are stored, by parameter.
+        tables: as they are stored.
+        steps: of the second pass' initializers by name, and scaled singular values.
+    """
 
-    def store(self, weights: WeightsFile) -> MatrixBases:
+    def __init__(self, source: Path, manifest: Manifest, weights: WeightsFile) -> None:
+        self._source, self._weights = source, weights
+        self._old = () if manifest.one_task is None else manifest.one_task.bases
+        self._new = [np.zeros(table.shape, np.int8) for table in self._old]
+        self.steps: dict[str, NDArray[Any]] = {f"{BASES}{i}": table for i, table in enumerate(self._new)}
+        sides = {
+            (matrix.name, side): self._rounded(matrix, side)
+            for matrix in all_matrices(manifest)
+            for side in SIDES
+        }
+        self.tables = tuple(weights.add(table) for table in self._new)
+        self.matrices = {matrix.name: self._stored(matrix, sides) for matrix in all_matrices(manifest)}
+
+    def _rounded(self, matrix: MatrixBases, side: Side) -> NDArray[np.float32]:
+        """Put the steps of a side where they belong; returns their scales. [T, R]"""
+        array = getattr(matrix, side)
+        steps, scale = int8_rows(map_array(self._source, array))
+        place = place_in(self._old, array)
+        if place is None:
+            self.steps[f"{BASES}{matrix.name}.{side}"] = steps
+        else:
+            table = self._new[place.table]
+            of_tasks = table.reshape(len(steps), -1, table.shape[1])
+            of_tasks[:, place.first : place.first + place.rows] = steps.reshape(
+                len(steps), -1, table.shape[1]
+            )
+        return scale
+
+    def _stored(
+        self, matrix: MatrixBases, scales: Mapping[tuple[str, Side], NDArray[np.float32]]
+    ) -> MatrixBases:
+        s: NDArray[np.float32] = np.asarray(map_array(self._source, matrix.s))
+        u_scale, vh_scale = (scales[matrix.name, side] for side in SIDES)
+        self.steps[f"{BASES}{matrix.name}.s"] = s * u_scale * vh_scale
         return dataclasses.replace(
-            self._matrix,
-            u_t=weights.add(self.u_t),
-            s=weights.add(self.s),
-            vh=weights.add(self.vh),
-            u_scale=weights.add(self.u_scale),
-            vh_scale=weights.add(self.vh_scale),
+            matrix,
+            u_t=self._stored_side(matrix, "u_t"),
+            s=self._weights.add(s),
+            vh=self._stored_side(matrix, "vh"),
+            u_scale=self._weights.add(u_scale),
+            vh_scale=self._weights.add(vh_scale),
         )
+
+    def _stored_side(self, matrix: MatrixBases, side: Side) -> StoredArray:
+        array = getattr(matrix, side)
+        if array.stride is not None:
+            return moved(array, self._old, self.tables)
+        return self._weights.add(self.steps[f"{BASES}{matrix.name}.{side}"])
 
 
 class _Convolutions:
@@ -128,7 +171,7 @@ def _convert_part(source: Path, target: Path, weights: WeightsFile, conv1: _Conv
     model = ir.load(source)
     conversion = Int8Conversion(model.graph, fused=True)
     conversion.run()
-    conversion.widen_inputs(("left.", "right."))
+    conversion.widen_inputs((BASES, LEFT, RIGHT))
     if conv1 is not None:
         conversion.round_product_of("conv1", "conv1_scale", conv1.scale.shape[1])
     save_int8(model, target, weights)
@@ -139,17 +182,15 @@ def _convert_pass(
     spec: PassSpec,
     target: Path,
     weights: WeightsFile,
-    stored: dict[str, _Bases],
+    tables: Mapping[str, NDArray[Any]],
     conv1: _Convolutions | None,
     kept: tuple[str, ...],
 ) -> PassSpec:
     model = ir.load(onnx_file)
     conversion = Int8Conversion(model.graph, kept)
     conversion.run()
-    for name, bases in stored.items():
-        conversion.replace_table(f"bases.{name}.u_t", bases.u_t)
-        conversion.replace_table(f"bases.{name}.vh", bases.vh)
-        conversion.replace_table(f"bases.{name}.s", bases.s * bases.u_scale * bases.vh_scale)
+    for name, table in tables.items():
+        conversion.replace_table(name, table)
     if conv1 is not None:
         conversion.replace_convolutions("vectors.conv1.weight.T", conv1.steps, conv1.scale)
     save_int8(model, target / onnx_file.name, weights)

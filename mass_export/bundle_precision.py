@@ -9,6 +9,7 @@ import numpy as np
 
 from mass_export.errors import ExportError
 from mass_export.precision import HALVES, convert_file, half_array
+from mass_export.stacked_bases import moved
 from mass_export.weights_file import WeightsFile
 from runtime.bundle import MANIFEST_FILE, Manifest, MatrixBases, StoredArray
 from runtime.checksums import file_specs
@@ -44,7 +45,7 @@ def convert_bundle(source: Path, manifest: Manifest, target: Path, precision: Pr
     with WeightsFile(target / weights_file) as weights:
         for spec in manifest.passes.values():
             convert_file(source / spec.file, target, weights, precision)
-        matrices = tuple(_half_bases(source, matrix, weights, precision) for matrix in manifest.matrices)
+        matrices = _half_bases(source, manifest, weights, precision)
     files = file_specs(target)
     converted = dataclasses.replace(
         manifest, matrices=matrices, files=files, precision=precision, engines=(), one_task=None
@@ -53,11 +54,26 @@ def convert_bundle(source: Path, manifest: Manifest, target: Path, precision: Pr
     return converted
 
 
-def _half_bases(source: Path, matrix: MatrixBases, weights: WeightsFile, precision: Precision) -> MatrixBases:
+def _half_bases(
+    source: Path, manifest: Manifest, weights: WeightsFile, precision: Precision
+) -> tuple[MatrixBases, ...]:
     """The graph has stored the bases already; equal bytes are stored once. The singular values stay fp32."""
 
-    def half(array: StoredArray) -> StoredArray:
-        return weights.add(half_array(map_array(source, array), HALVES[precision], matrix.name))
+    def half(array: StoredArray, name: str) -> StoredArray:
+        return weights.add(half_array(map_array(source, array), HALVES[precision], name))
 
-    s = weights.add(np.asarray(map_array(source, matrix.s)))
-    return dataclasses.replace(matrix, u_t=half(matrix.u_t), s=s, vh=half(matrix.vh))
+    old = () if manifest.one_task is None else manifest.one_task.bases
+    new = [half(table, f"bases.{index}") for index, table in enumerate(old)]
+
+    def half_side(side: StoredArray, name: str) -> StoredArray:
+        return half(side, name) if side.stride is None else moved(side, old, new)
+
+    return tuple(
+        dataclasses.replace(
+            matrix,
+            u_t=half_side(matrix.u_t, matrix.name),
+            s=weights.add(np.asarray(map_array(source, matrix.s))),
+            vh=half_side(matrix.vh, matrix.name),
+        )
+        for matrix in manifest.matrices
+    )

@@ -47,6 +47,7 @@ class Graph:
     def stored_weight(self, name: str, stored: StoredArray) -> ir.Value:
         """An initializer that already lies in the weights file."""
         if name not in self._initializers:
+            assert stored.stride is None, f"{name}: other arrays lie in it"
             tensor = ir.ExternalTensor(
                 stored.file,
                 stored.offset,

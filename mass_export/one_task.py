@@ -4,8 +4,8 @@ A batch is S sets of m images, all images of a set with the same task (S = 1: th
 over the whole batch, since small products cost a CPU much more for each image; the low-rank branches run set by set. A
 single task needs no core (MASS.md section 4): `y = x W0^T + ((x VH^T) * s) U^T + b`.
 
-- Bases, biases and LayerNorm parameters of all tasks are fed as they lie in the mapped weights file; the graph gathers
-  the rows of the sets' tasks where it needs them, while they are in the cache.
+- Bases, biases and LayerNorm parameters of all tasks are fed as they lie in the mapped weights file, those of a task
+  together; the graph gathers the rows of the sets' tasks where it needs them, while they are in the cache.
 - The patch convolution, where each task has it in full, is a graph of its own that runs set by set: it is not copied.
   Where the tasks' deltas are kept as bases it is a product like all others.
 - Where the first pass runs on the base it is the same computation with bases of rank zero. The tower is then cut where
@@ -31,11 +31,12 @@ from mass_export.first_pass import add_blocks, add_router, stops_of
 from mass_export.graph import Graph
 from mass_export.image_input import add_image_input
 from mass_export.router_spec import Tap
-from mass_export.second_pass import CONV1, add_heads, vector_sizes
+from mass_export.second_pass import BASES, CONV1, add_heads, vector_sizes
 from mass_export.spec import VisionSpec
+from mass_export.stacked_bases import RowGather, StackedBases
 from mass_export.vit_graph import Layers, bias_name, cut_patches, encode_rest, tokens
 from mass_export.weights_file import WeightsFile
-from runtime.bundle import MatrixBases, OneTaskSpec, PreprocessSpec, VectorTables
+from runtime.bundle import OneTaskSpec, PreprocessSpec, StoredArray, VectorTables
 
 ONE_TASK = "one_task"
 PATCHES, TASKS = "patches", "tasks"
@@ -52,7 +53,7 @@ class OneTaskLayers(Layers):
         graph: Graph,
         spec: VisionSpec,
         base: Mapping[str, Tensor],
-        bases: Mapping[str, MatrixBases],
+        bases: StackedBases,
         *,
         own_vectors: bool,
     ) -> None:
@@ -62,6 +63,8 @@ class OneTaskLayers(Layers):
         self._shapes: dict[int, ir.Value] = {}
         self._tasks = graph.input(TASKS, ir.DataType.INT64, ["S"])
         self._sets = graph.op("Shape", self._tasks)
+        self._tables: dict[int, ir.Value] = {}
+        self._rows = RowGather(graph, bases, self._tasks, self._table, axes=1)
         self._vectors: dict[str, ir.Value] = {}
         if own_vectors:
             sizes = vector_sizes(spec)
@@ -93,7 +96,7 @@ class OneTaskLayers(Layers):
         """`x W0^T + ((x VH^T) * s) U^T` for all sets at once: [B, N-1, 3*P*P] -> [B, N-1, D]."""
         graph, D = self.graph, self.spec.width
         left, right, scale = self._factors(CONV1)
-        x = self._by_set(patches, int(self._bases[CONV1].vh.shape[2]))
+        x = self._by_set(patches, int(self._bases.matrices[CONV1].vh.shape[2]))
         h = graph.op("Mul", graph.op("MatMul", x, self._transposed(right)), scale)
         delta = graph.op("MatMul", h, left)
         y = graph.op("Add", self._by_set(super().patch_projection(patches), D), delta)
@@ -154,12 +157,26 @@ class OneTaskLayers(Layers):
         To be called before other nodes are made of the layer's input: ONNX Runtime runs older nodes later, so these
         come just before their products, and not all layers' are held at once.
         """
-        bases, rank = self._bases[name], f"R.{name}"
+        bases = self._bases.matrices[name]
         return (
-            self._gathered(f"{LEFT}{name}", "T", rank, bases.u_t.shape[2]),
-            self._gathered(f"{RIGHT}{name}", "T", rank, bases.vh.shape[2]),
-            self._gathered(f"{SCALE}{name}", "T", 1, rank),
+            self._side(f"{LEFT}{name}", name, bases.u_t),
+            self._side(f"{RIGHT}{name}", name, bases.vh),
+            self._gathered(f"{SCALE}{name}", "T", 1, f"R.{name}"),
         )
+
+    def _side(self, input_name: str, name: str, stored: StoredArray) -> ir.Value:
+        place = self._bases.place(stored)
+        if place is None:
+            return self._gathered(input_name, "T", f"R.{name}", stored.shape[2])
+        if input_name not in self._inputs:
+            self._inputs[input_name] = self._rows.gather(stored, place)
+        return self._inputs[input_name]
+
+    def _table(self, index: int) -> ir.Value:
+        if index not in self._tables:
+            shape = self._bases.tables[index].shape
+            self._tables[index] = self.graph.input(f"{BASES}{index}", ir.DataType.FLOAT, shape)
+        return self._tables[index]
 
     def _transposed(self, value: ir.Value) -> ir.Value:
         return self.graph.op("Transpose", value, perm=[0, 2, 1])
@@ -178,7 +195,7 @@ class _Writer:
     artifact: Artifact
     weights: WeightsFile
     directory: Path
-    bases: Mapping[str, MatrixBases]
+    bases: StackedBases
     tables: VectorTables | None
     preprocess: PreprocessSpec
     routes: bool
@@ -200,7 +217,9 @@ class _Writer:
             routers.append(self.router(index, stop, known))
         segments.append(self.rest(len(segments), stops[-1] if stops else 0))
         margin = 0.0 if info.calibration is None else info.calibration.stop_margin
-        return OneTaskSpec(tuple(segments), self.patches(), self.tables, tuple(routers), margin)
+        return OneTaskSpec(
+            tuple(segments), self.patches(), self.tables, tuple(routers), margin, self.bases.tables
+        )
 
     def segment(self, index: int, start: int, stop: int) -> tuple[str, list[Tap]]:
         """Blocks between two stops: the stream or the patches -> the stream and the features on the way."""
@@ -224,8 +243,7 @@ class _Writer:
         graph, vision = Graph(f"{ONE_TASK}_{PATCHES}", self.weights), self.artifact.info.vision
         images = add_image_input(graph, self.preprocess)
         if self.tables is not None and self.tables.conv1_bases is not None:
-            bases = {CONV1: self.tables.conv1_bases}
-            layers = OneTaskLayers(graph, vision, self.artifact.base, bases, own_vectors=False)
+            layers = OneTaskLayers(graph, vision, self.artifact.base, self.bases, own_vectors=False)
             projected = layers.patch_projection(cut_patches(graph, vision, images))
             return self.save(graph, {PATCHES: (projected, ["B", vision.tokens - 1, vision.width])})
         side = 3 * vision.patch_size[0] * vision.patch_size[1]
@@ -292,7 +310,7 @@ def write_one_task(
     artifact: Artifact,
     weights: WeightsFile,
     directory: Path,
-    bases: Mapping[str, MatrixBases],
+    bases: StackedBases,
     tables: VectorTables | None,
     preprocess: PreprocessSpec,
     *,

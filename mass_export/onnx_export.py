@@ -20,8 +20,16 @@ from mass_export.graph import Graph
 from mass_export.image_input import add_image_input
 from mass_export.one_task import write_one_task
 from mass_export.progress import Progress
-from mass_export.second_pass import AdaptiveLayers, add_second_pass, store_bases, store_vectors
+from mass_export.second_pass import (
+    CONV1,
+    AdaptiveLayers,
+    add_second_pass,
+    all_factors,
+    core_name,
+    store_vectors,
+)
 from mass_export.spec import ArtifactInfo
+from mass_export.stacked_bases import StackedBases, store_bases
 from mass_export.staging import replace_directory, staging
 from mass_export.verify import verify_bundle
 from mass_export.vit_graph import Layers
@@ -34,7 +42,6 @@ from runtime.bundle import (
     SECOND_PASS,
     ImageDtype,
     Manifest,
-    MatrixBases,
     OneTaskSpec,
     PassSpec,
     PreprocessSpec,
@@ -164,11 +171,9 @@ def write_bundle(
             first = _write_first_pass(artifact, weights, directory, preprocess)
         else:
             first = _write_rounded_first_pass(artifact, directory, preprocess)
-        names = artifact.info.vision.matrix_names()
-        bases = {
-            name: store_bases(weights, artifact.tasks, name)
-            for name in progress.track(names, "Stacking bases")
-        }
+        factors = all_factors(artifact)
+        cores = {name: core_name(name) for name in factors}
+        bases = store_bases(weights, factors, cores, artifact.info.vision.width, progress)
         tables = None
         if artifact.info.merge.vectors == "mean":
             tables = store_vectors(
@@ -177,7 +182,7 @@ def write_bundle(
                 artifact.base,
                 artifact.tasks,
                 with_base=routes,
-                patch_embed=artifact.storage.patch_embed,
+                conv1_bases=bases.matrices.get(CONV1),
             )
         second = _write_second_pass(artifact, weights, directory, bases, tables, preprocess)
         one_task = write_one_task(artifact, weights, directory, bases, tables, preprocess, routes=routes)
@@ -218,7 +223,7 @@ def _write_second_pass(
     artifact: Artifact,
     weights: WeightsFile,
     directory: Path,
-    bases: dict[str, MatrixBases],
+    bases: StackedBases,
     tables: VectorTables | None,
     preprocess: PreprocessSpec,
 ) -> PassSpec:
@@ -235,7 +240,7 @@ def _manifest(
     artifact: Artifact,
     artifact_path: Path,
     passes: dict[str, PassSpec],
-    bases: dict[str, MatrixBases],
+    bases: StackedBases,
     one_task: OneTaskSpec,
     directory: Path,
     preprocess: PreprocessSpec,
@@ -273,7 +278,7 @@ def _manifest(
         ),
         compose=info.merge.compose,
         passes=passes,
-        matrices=tuple(bases.values()),
+        matrices=tuple(matrix for name, matrix in bases.matrices.items() if name != CONV1),
         one_task=one_task,
         files=file_specs(directory),
         provenance={

@@ -26,40 +26,41 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mass_export.artifact import TaskFactors
+from mass_export.artifact import Artifact, TaskFactors
 from mass_export.factor_storage import patch_rank
 from mass_export.graph import Graph
 from mass_export.heads import Head
 from mass_export.low_rank import LowRank, factorize
-from mass_export.spec import MergeSettings, PatchEmbed, VisionSpec
+from mass_export.spec import MergeSettings, VisionSpec
+from mass_export.stacked_bases import SIDES, RowGather, StackedBases
 from mass_export.vit_graph import Layers, bias_name, encode
 from mass_export.weights_file import WeightsFile
 from runtime.bundle import MatrixBases, StoredArray, VectorTables
 
 CORE_PREFIX = "cores."
+BASES = "bases."
 CONV1 = "conv1.weight"
 # Relative to the delta: what float32 leaves of factors that were multiplied and taken apart again.
 LOW_RANK_TOLERANCE = 1e-5
 
 
-def store_bases(weights: WeightsFile, tasks: Sequence[TaskFactors], name: str) -> MatrixBases:
-    """Stack one matrix' factors over the tasks, padded to the largest rank, into the weights file."""
-    return store_factors(weights, [task.matrices[name] for task in tasks], name, CORE_PREFIX + name)
+def all_factors(artifact: Artifact) -> dict[str, list[LowRank]]:
+    """Every task's factors by parameter: of the matrices, and of the patch convolution where bundles keep it so."""
+    tasks = artifact.tasks
+    factors = {name: [task.matrices[name] for task in tasks] for name in artifact.info.vision.matrix_names()}
+    if artifact.info.merge.vectors == "mean" and artifact.storage.patch_embed == "low_rank":
+        patches = [found for task in tasks if (found := _patch_factors(task)) is not None]
+        if len(patches) == len(tasks):
+            factors[CONV1] = patches
+    return factors
 
 
-def store_factors(weights: WeightsFile, factors: Sequence[LowRank], name: str, core: str) -> MatrixBases:
-    """The same for any factors."""
-    T, R = len(factors), max(f.rank for f in factors)
-    u_t = np.zeros((T, R, factors[0].u.shape[0]), dtype=np.float32)
-    s = np.zeros((T, R), dtype=np.float32)
-    vh = np.zeros((T, R, factors[0].vh.shape[1]), dtype=np.float32)
-    for i, f in enumerate(factors):
-        u_t[i, : f.rank], s[i, : f.rank], vh[i, : f.rank] = f.u.numpy().T, f.s.numpy(), f.vh.numpy()
-    ranks = tuple(f.rank for f in factors)
-    return MatrixBases(name, core, ranks, weights.add(u_t), weights.add(s), weights.add(vh))
+def core_name(parameter: str) -> str:
+    """Input of the second pass for a parameter's cores; the patch convolution takes the mean of a set's deltas."""
+    return "" if parameter == CONV1 else CORE_PREFIX + parameter
 
 
-def patch_factors(task: TaskFactors) -> LowRank | None:
+def _patch_factors(task: TaskFactors) -> LowRank | None:
     """What a task changes of the patch convolution as factors [D, 3*P*P], None if it takes more than it may."""
     delta = task.vectors[CONV1].double().flatten(1)
     factors = factorize(delta, min(*delta.shape, patch_rank(f.rank for f in task.matrices.values())))
@@ -79,7 +80,7 @@ def store_vectors(
     tasks: Sequence[TaskFactors],
     *,
     with_base: bool,
-    patch_embed: PatchEmbed = "full",
+    conv1_bases: MatrixBases | None = None,
 ) -> VectorTables:
     """The vector parameters of every task's own model, base and delta added up, into the weights file.
 
@@ -91,7 +92,7 @@ def store_vectors(
         base: its parameters.
         tasks: whose models.
         with_base: a last row with the base's own.
-        patch_embed: `low_rank` keeps what the tasks change of the patch convolution as bases, if it is of low rank.
+        conv1_bases: what the tasks change of the patch convolution, where that is kept as bases.
     """
 
     def value(task: TaskFactors | None, name: str) -> NDArray[np.float32]:
@@ -101,11 +102,8 @@ def store_vectors(
 
     models = [*tasks, None] if with_base else [*tasks]
     rows = [np.concatenate([value(model, name) for name in vector_sizes(spec)]) for model in models]
-    if patch_embed == "low_rank":
-        factors = [found for task in tasks if (found := patch_factors(task)) is not None]
-        if len(factors) == len(tasks):
-            bases = store_factors(weights, factors, CONV1, "")
-            return VectorTables(weights.add(np.stack(rows)), conv1_bases=bases)
+    if conv1_bases is not None:
+        return VectorTables(weights.add(np.stack(rows)), conv1_bases=conv1_bases)
     conv1 = [value(model, CONV1).reshape(spec.width, -1).T for model in models]  # [3*P*P, D] each
     return VectorTables(weights.add(np.stack(rows)), weights.add(np.stack(conv1)))
 
@@ -119,27 +117,29 @@ class AdaptiveLayers(Layers):
         spec: VisionSpec,
         base: Mapping[str, Tensor],
         settings: MergeSettings,
-        bases: Mapping[str, MatrixBases],
+        bases: StackedBases,
         tables: VectorTables | None,
     ) -> None:
         super().__init__(graph, spec, base, "base.")
         self._settings = settings
-        self._bases = dict(bases)
-        if tables is not None and tables.conv1_bases is not None:
-            self._bases[CONV1] = tables.conv1_bases
+        self._bases = bases.matrices
         self._slots = graph.input("slots", ir.DataType.INT64, ["S", "K"])
         self._weights = graph.input("weights", ir.DataType.FLOAT, ["S", "K"])
         self._cores: dict[str, ir.Value] = {}
         if settings.compose == "tsvm":
-            for name, stored in bases.items():
+            for name, stored in self._bases.items():
+                if not stored.core:
+                    continue
                 side = f"K*{stored.vh.shape[1]}"
                 self._cores[name] = graph.input(stored.core, ir.DataType.FLOAT, ["S", side, side])
         # Before all that reads them: ONNX Runtime runs what is older later, so each slice just before its product, and
         # does not hold all of them at once.
+        tables_of = [graph.stored_weight(f"{BASES}{i}", table) for i, table in enumerate(bases.tables)]
+        rows = RowGather(graph, bases, self._slots, tables_of.__getitem__, axes=2)
         self._slices = {
-            (name, side): self._gather_bases(f"bases.{name}.{side}", getattr(stored, side))
+            (name, side): self._gather_bases(rows, bases, f"{BASES}{name}.{side}", getattr(stored, side))
             for name, stored in self._bases.items()
-            for side in ("u_t", "vh")
+            for side in SIDES
         }
         self._tables = tables
         self._values = self._gather_vectors() if tables is not None else {}
@@ -211,7 +211,11 @@ class AdaptiveLayers(Layers):
         """Gathered VH. [S, K*R, D_in]"""
         return self._slices[name, "vh"]
 
-    def _gather_bases(self, initializer: str, stored: StoredArray) -> ir.Value:
+    def _gather_bases(
+        self, rows: RowGather, bases: StackedBases, initializer: str, stored: StoredArray
+    ) -> ir.Value:
+        if (place := bases.place(stored)) is not None:
+            return rows.gather(stored, place)
         graph = self.graph
         slices = graph.op(
             "Gather", graph.stored_weight(initializer, stored), self._slots, axis=0

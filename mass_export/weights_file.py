@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,11 +37,28 @@ class WeightsFile:
         view = memoryview(array.data).cast("B")
         key = (hashlib.sha256(view).hexdigest(), array.dtype.name, array.shape)
         if key not in self._stored:
-            alignment = PAGE_ALIGNMENT if array.nbytes >= PAGE_ALIGN_FROM else SMALL_ALIGNMENT
-            self._file.write(b"\0" * (-self._file.tell() % alignment))
-            self._stored[key] = StoredArray(self.path.name, self._file.tell(), array.dtype.name, array.shape)
-            self._file.write(view)
+            self._stored[key] = self.add_parts([array], array.dtype, array.shape)
         return self._stored[key]
+
+    def add_parts(
+        self, parts: Iterable[NDArray[Any]], dtype: np.dtype[Any], shape: tuple[int, ...]
+    ) -> StoredArray:
+        """Store an array that comes in consecutive parts, and is not held whole or compared with others.
+
+        Args:
+            parts: of its values in C order.
+            dtype: of all of them.
+            shape: of the array.
+        """
+        stored = StoredArray(self.path.name, 0, dtype.name, shape)
+        alignment = PAGE_ALIGNMENT if stored.nbytes >= PAGE_ALIGN_FROM else SMALL_ALIGNMENT
+        self._file.write(b"\0" * (-self._file.tell() % alignment))
+        stored = dataclasses.replace(stored, offset=self._file.tell())
+        for part in parts:
+            values = np.ascontiguousarray(part, dtype.newbyteorder("<"))
+            self._file.write(memoryview(values.data).cast("B"))
+        assert self._file.tell() == stored.end, f"{self.path}: parts of another size than {shape}"
+        return stored
 
     def __enter__(self) -> Self:
         return self

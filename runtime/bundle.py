@@ -67,17 +67,33 @@ class PassSpec:
 
 @dataclass(frozen=True)
 class StoredArray:
-    """A raw little-endian C-order array inside a bundle file; `offset` in bytes, dtype of `STORED_DTYPES`."""
+    """A raw little-endian array inside a bundle file.
+
+    Attributes:
+        file: its name.
+        offset: of the first byte.
+        dtype: of `STORED_DTYPES`.
+        shape: in C order.
+        stride: bytes from one entry of the first axis to the next, where other arrays lie between them.
+    """
 
     file: str
     offset: int
     dtype: str
     shape: tuple[int, ...]
+    stride: int | None = None
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
+        """Size of its values in bytes."""
         return int(np.dtype(self.dtype).itemsize) * math.prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        """The byte behind its last."""
+        if self.stride is None or not self.nbytes:
+            return self.offset + self.nbytes
+        return self.offset + (self.shape[0] - 1) * self.stride + self.nbytes // self.shape[0]
 
 
 @dataclass(frozen=True)
@@ -130,11 +146,14 @@ class OneTaskSpec:
 
     A batch is S sets of m images with the same task, B = S*m. Parameters are float32 as they lie in the files, of all
     tasks; a graph takes those that it needs:
-        tasks: of each set. [S] int64
-        right.<name>, scale.<name>, left.<name>: vh, s and u_t of `matrices`. [T, R, D_in], [T, 1, R], [T, R, D_out]
+        tasks: of each set, or a single -1 for the base, where bases have no rows. [S] int64
+        bases.<i>: of `bases`. [T*n, D]
+        right.<name>, left.<name>: vh and u_t of `matrices` that do not lie there. [T, R, D_in], [T, R, D_out]
+        scale.<name>: s of `matrices`. [T, 1, R]
         vectors: of `tables`; absent with the base's parameters for all tasks. [T, P]
         conv1: one task's row of `tables`; with `conv1_bases` its bases instead, as of `matrices`. [3*P*P, D]
-    In an int8 bundle left, right and conv1 are int8; scale carries their rows' scales; conv1_scale [D] comes in, too.
+    In an int8 bundle bases, left, right and conv1 are int8; scale carries their rows' scales; conv1_scale [D] comes in,
+    too.
 
     Attributes:
         segments: of the tower, one after the other: tasks, and patches or the stream before -> stream.<block>
@@ -146,6 +165,8 @@ class OneTaskSpec:
             stream and all features so far -> what the first pass puts out, if the segments ran with bases of rank 0 and
             the base's rows of `tables`.
         stop_margin: an image goes no further where its best task's residual is so much below the second's.
+        bases: vh and u_t of `matrices` (and of `conv1_bases`), if of a multiple of D columns, as rows of D: the n rows
+            of the first task, then those of the second. [T*n, D] each
     """
 
     segments: tuple[str, ...]
@@ -153,6 +174,7 @@ class OneTaskSpec:
     tables: VectorTables | None
     routers: tuple[str, ...] = ()
     stop_margin: float = 0.0
+    bases: tuple[StoredArray, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -83,6 +83,11 @@ def _check_one_task(one_task: OneTaskSpec, manifest: Manifest, where: str) -> No
         raise BundleError(f"{where}: tables: expected either conv1 or conv1_bases.")
     if tables is not None and tables.conv1_bases is not None:
         _check_matrix(tables.conv1_bases, manifest, where)
+    for index, array in enumerate(one_task.bases):
+        here = f"{where}: bases[{index}]"
+        _check_array(array, manifest, here)
+        if len(array.shape) != 2 or min(array.shape) < 1 or array.shape[0] % len(manifest.tasks):
+            raise BundleError(f"{here}: shape {list(array.shape)} does not fit {len(manifest.tasks)} tasks.")
     for key, array in _table_arrays(one_task).items():
         _check_array(array, manifest, f"{where}: {key}")
         rows = len(manifest.tasks) + one_task.has_base
@@ -106,7 +111,12 @@ def _scales(matrix: MatrixBases) -> dict[str, StoredArray]:
 def _check_array(array: StoredArray, manifest: Manifest, here: str) -> None:
     if array.dtype not in STORED_DTYPES:
         raise BundleError(f"{here}: dtype must be one of {', '.join(STORED_DTYPES)}, got {array.dtype!r}.")
-    size, end = manifest.files[array.file].bytes, array.offset + array.nbytes
+    entry = array.nbytes // max(1, array.shape[0])
+    if array.stride is not None and array.stride < max(1, entry):
+        raise BundleError(
+            f"{here}: stride must be at least the {entry} bytes of an entry, got {array.stride}."
+        )
+    size, end = manifest.files[array.file].bytes, array.end
     if array.offset < 0 or end > size:
         raise BundleError(f"{here}: lies at bytes {array.offset}..{end} of {array.file!r}, which has {size}.")
 
@@ -133,7 +143,9 @@ def _check_file_names(manifest: Manifest, where: str) -> None:
     used |= {engine.file for engine in manifest.engines}
     if manifest.one_task is not None:
         used |= set(manifest.one_task.files)
-        used |= {array.file for array in _table_arrays(manifest.one_task).values()}
+        used |= {
+            array.file for array in (*_table_arrays(manifest.one_task).values(), *manifest.one_task.bases)
+        }
     for name in sorted(used | set(manifest.files)):
         plain = PurePosixPath(name).name == name and name.isprintable()
         if not plain or name in ("", "..", MANIFEST_FILE) or any(mark in name for mark in "\\:"):

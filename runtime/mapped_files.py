@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from runtime.bundle import StoredArray
@@ -31,13 +32,18 @@ class MappedFiles:
         dtype = np.dtype(stored.dtype).newbyteorder("<")
         if not stored.nbytes:  # nothing can be mapped
             return np.zeros(stored.shape, dtype)
+        count = (stored.end - stored.offset) // dtype.itemsize
         try:
-            flat = np.frombuffer(self._map(stored.file), dtype, math.prod(stored.shape), stored.offset)
+            flat = np.frombuffer(self._map(stored.file), dtype, count, stored.offset)
         except (OSError, ValueError) as error:
             raise BundleError(
                 f"{self._directory / stored.file}: cannot map an array ({error}). Copy or export the bundle again."
             ) from error
-        return flat.reshape(stored.shape)
+        if stored.stride is None:
+            return flat.reshape(stored.shape)
+        entries = (stored.shape[0], math.prod(stored.shape[1:]))
+        spread = as_strided(flat, entries, (stored.stride, dtype.itemsize), writeable=False)
+        return spread.reshape(stored.shape)  # entries are whole, so that it remains a view
 
     def _map(self, name: str) -> mmap.mmap:
         if name not in self._maps:

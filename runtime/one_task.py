@@ -48,10 +48,12 @@ class OneTaskPass:
         self._segments = [parts[file].result() for file in spec.segments]
         self._routers = [parts[file].result() for file in spec.routers]
         self._stop_margin = spec.stop_margin
-        self._base: Feeds = {
+        tables = {f"bases.{index}": files.array(table) for index, table in enumerate(spec.bases)}
+        self._base: Feeds = tables | {
             name: array[:1, :, :0] if name.startswith("scale.") else array[:1, :0]
             for name, array in self._stacks.items()
         }
+        self._stacks |= tables
         self._conv1: list[Feeds] = []
         if spec.tables is not None:
             vectors = files.array(spec.tables.vectors)
@@ -76,7 +78,7 @@ class OneTaskPass:
             BackendError: a session failed.
         """
         rows = np.arange(len(pixel_values))
-        state: Feeds = {"patches": self._projected(pixel_values, [-1]), "tasks": np.zeros(1, np.int64)}
+        state: Feeds = {"patches": self._projected(pixel_values, [-1]), "tasks": np.array([-1], np.int64)}
         answers: Feeds = {}
         for segment, router in zip(self._segments, self._routers, strict=False):
             state |= segment.run(state, self._base)
@@ -120,7 +122,7 @@ class OneTaskPass:
         """Patches under the tasks' own convolutions, -1 for the base's. [B, N-1, D]"""
         if not self._conv1:
             stacks = self._base if tasks == [-1] else self._stacks
-            state = {self._images: pixel_values, "tasks": np.maximum(np.array(tasks, np.int64), 0)}
+            state = {self._images: pixel_values, "tasks": np.array(tasks, np.int64)}
             return self._patches.run(state, stacks)["patches"]
         each = len(pixel_values) // len(tasks)
         parts = [

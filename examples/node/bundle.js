@@ -71,7 +71,7 @@ export function readRow(directory, array, row) {
   const bytes = Buffer.alloc(length * ITEM_BYTES[array.dtype]);
   const handle = openSync(path.join(directory, array.file), "r");
   try {
-    const start = array.offset + row * bytes.length;
+    const start = array.offset + row * (array.stride ?? bytes.length);
     for (let done = 0; done < bytes.length; ) {
       const read = readSync(handle, bytes, done, bytes.length - done, start + done);
       if (!read) throw new BundleError(`${array.file}: ends before byte ${start + bytes.length}.`);
@@ -108,8 +108,11 @@ function isPlainName(name) {
 
 function requireInside(array, manifest, where) {
   const item = ITEM_BYTES[array.dtype];
-  const bytes = array.shape.reduce((a, b) => a * b, item);
-  const inside = array.offset >= 0 && array.offset + bytes <= (manifest.files[array.file]?.bytes ?? -1);
+  const entry = array.shape.slice(1).reduce((a, b) => a * b, item);
+  const stride = array.stride ?? entry;
+  const bytes = entry && array.shape[0] ? (array.shape[0] - 1) * stride + entry : 0;
+  const inside =
+    array.offset >= 0 && stride >= entry && array.offset + bytes <= (manifest.files[array.file]?.bytes ?? -1);
   if (!item || !inside) throw new BundleError(`${where}: an array of ${array.dtype} lies outside ${array.file}.`);
 }
 

@@ -26,6 +26,7 @@ VARIANTS = {
     "no_ln_pre": {"no_ln_pre": True},
     "layer_scale": {"ls_init_value": 0.5},
     "odd_sizes": {"image_size": [21, 26], "patch_size": [5, 6]},
+    "mlp_width": {"mlp_ratio": 1.75},
     "epsilon": {"norm_kwargs": {"eps": 1e-6}},
     "fixed_positions": {"pos_embed_type": "sin_cos_2d"},
     "training_only": {"patch_dropout": 0.5, "attn_pooler_heads": 8},

@@ -1,5 +1,6 @@
 """The manifest survives a round trip, and every damaged bundle is refused with its reason."""
 
+import dataclasses
 import hashlib
 import json
 import mmap
@@ -205,6 +206,31 @@ def test_arrays_are_mapped_read_only_at_any_offset(tmp_path):
     mapped = map_array(tmp_path, StoredArray("w", 3, "float32", (2, 3)))
     assert np.array_equal(mapped, values)
     assert not mapped.flags.writeable
+
+
+def test_arrays_whose_entries_lie_apart_are_views_of_the_file(tmp_path):
+    values = np.arange(24, dtype="<f4").reshape(2, 12)  # of each task 12 values, of which 6 are the array's
+    (tmp_path / "w").write_bytes(b"xyz" + values.tobytes())
+    stored = StoredArray("w", 3 + 4 * 4, "float32", (2, 2, 3), stride=48)
+    mapped = map_array(tmp_path, stored)
+    assert np.array_equal(mapped, values[:, 4:10].reshape(2, 2, 3))
+    assert not mapped.flags.writeable
+    assert not mapped.flags.owndata
+    assert (stored.nbytes, stored.end) == (48, 19 + 48 + 24)
+    with pytest.raises(BundleError, match="cannot map"):
+        map_array(tmp_path, dataclasses.replace(stored, offset=3 + 4 * 7))
+
+
+def test_entries_neither_overlap_nor_leave_the_file(own_bundle):
+    path = own_bundle / "manifest.json"
+    text = path.read_text()
+    size = json.loads(text)["files"]["weights.bin"]["bytes"]
+    for stride, message in ((1, "u_t: stride must be at least"), (size, "u_t: lies at bytes")):
+        manifest = json.loads(text)
+        manifest["matrices"][0]["u_t"]["stride"] = stride
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(BundleError, match=message):
+            read_manifest(own_bundle)
 
 
 def test_empty_arrays_need_no_bytes_and_missing_ones_are_refused(tmp_path):
