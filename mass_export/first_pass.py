@@ -60,7 +60,7 @@ def add_blocks(
     Args:
         layers: parameters.
         artifact: router settings.
-        x: residual stream before block `start`. [B, N, D]
+        x: residual stream before block `start`, as layers hold it. [B, N, D]
         start: first block.
         stop: the block behind the last.
 
@@ -73,15 +73,17 @@ def add_blocks(
     rows = layers.spec.tokens
     for index in range(start, stop):
         if Tap(index, "attn") in taps:
-            features[Tap(index, "attn")] = _read(layers, f"transformer.resblocks.{index}.ln_1", x, token)
+            features[Tap(index, "attn")] = _read(
+                layers, f"transformer.resblocks.{index}.ln_1", x, token, rows
+            )
         if index == depth - 1 and token == "cls":
             x, rows = cls_attention_residual(layers, index, x), 1
         else:
             x = attention_residual(layers, index, x)
         if Tap(index, "mlp") in taps:
-            features[Tap(index, "mlp")] = _read(layers, f"transformer.resblocks.{index}.ln_2", x, token)
-        x = mlp_residual(layers, index, x, rows)
-    return features, x
+            features[Tap(index, "mlp")] = _read(layers, f"transformer.resblocks.{index}.ln_2", x, token, rows)
+        x = mlp_residual(layers, index, x)
+    return features, layers.by_image(x, rows)
 
 
 def add_router(
@@ -110,19 +112,23 @@ def _features_behind(layers: Layers, artifact: Artifact, index: int, x: ir.Value
     """Features of block `index`, whose input is x; none of an x that has come to its end."""
     taps, token = artifact.info.read_taps(), artifact.info.router.token
     features: Features = {}
+    rows = layers.spec.tokens
     if Tap(index, "attn") in taps:
-        features[Tap(index, "attn")] = _read(layers, f"transformer.resblocks.{index}.ln_1", x, token)
+        features[Tap(index, "attn")] = _read(layers, f"transformer.resblocks.{index}.ln_1", x, token, rows)
     if Tap(index, "mlp") in taps:
-        attend = cls_attention_residual if token == "cls" else attention_residual
-        after = attend(layers, index, x)
-        features[Tap(index, "mlp")] = _read(layers, f"transformer.resblocks.{index}.ln_2", after, token)
+        if token == "cls":
+            after, rows = cls_attention_residual(layers, index, x), 1
+        else:
+            after = attention_residual(layers, index, x)
+        features[Tap(index, "mlp")] = _read(layers, f"transformer.resblocks.{index}.ln_2", after, token, rows)
     return features
 
 
-def _read(layers: Layers, norm: str, x: ir.Value, token: str) -> ir.Value:
-    """LayerNorm of the CLS token, or the mean over the tokens' LayerNorms: -> z [B, D]"""
+def _read(layers: Layers, norm: str, x: ir.Value, token: str, rows: int) -> ir.Value:
+    """LayerNorm of the CLS token, or the mean over the tokens' LayerNorms: [B, rows, D] -> z [B, D]"""
     graph = layers.graph
     if token == "mean":
-        return graph.op("ReduceMean", layers.layer_norm(norm, x), graph.integers(1), keepdims=0)
-    h = layers.layer_norm(norm, cls_row(layers, x))
+        h = layers.by_image(layers.layer_norm(norm, x), rows)
+        return graph.op("ReduceMean", h, graph.integers(1), keepdims=0)
+    h = layers.layer_norm(norm, cls_row(layers, x, rows))
     return graph.op("Reshape", h, graph.integers(-1, layers.spec.width))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,8 @@ from runtime.bundle import PassSpec, StoredArray, TensorSpec
 
 OPSET = 20  # Gelu; LayerNormalization needs 17
 IR_VERSION = 10
+Section = Literal["indices", "gathers", "rest"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
 
 
 class Graph:
@@ -28,7 +31,8 @@ class Graph:
     def __init__(self, name: str, weights: WeightsFile) -> None:
         self.name = name
         self._weights = weights
-        self._tape = tape.Tape()
+        self._sections = {section: tape.Tape() for section in SECTIONS}
+        self._tape = self._sections["rest"]
         self._inputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
 
@@ -60,9 +64,11 @@ class Graph:
             self._initializers[name] = ir.val(name, tensor.dtype, list(stored.shape), const_value=tensor)
         return self._initializers[name]
 
-    def constant(self, array: NDArray[Any]) -> ir.Value:
-        """A small inline initializer; equal values share one."""
-        name = f"constant_{array.dtype.name}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()}"
+    def constant(self, array: NDArray[Any], name: str = "") -> ir.Value:
+        """A small inline initializer; equal values share one, if they have no name of their own."""
+        name = (
+            name or f"constant_{array.dtype.name}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()}"
+        )
         if name not in self._initializers:
             tensor = ir.tensor(array, name=name)
             self._initializers[name] = ir.val(name, tensor.dtype, list(array.shape), const_value=tensor)
@@ -79,6 +85,23 @@ class Graph:
     def op(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         """Add a node with one output."""
         return self._tape.op(op_type, list(inputs), attributes or None)
+
+    @contextmanager
+    def section(self, name: Section) -> Iterator[None]:
+        """Nodes that are added meanwhile go into another part of the file.
+
+        ONNX Runtime runs a node as late as it can if it is older, by its place in the file, than what else its reader
+        waits for. So what is gathered in "gathers" is gathered where it is used, and not held before.
+        """
+        current, self._tape = self._tape, self._sections[name]
+        try:
+            yield
+        finally:
+            self._tape = current
+
+    def split_into(self, value: ir.Value, sizes: ir.Value, parts: Sequence[ir.Value], axis: int) -> None:
+        """Split along an axis into values that are at hand; sizes [len(parts)] int64."""
+        self._tape.op_multi_out("Split", [value, sizes], {"axis": axis}, outputs=parts)
 
     def split(self, value: ir.Value, sizes: Sequence[int], axis: int) -> list[ir.Value]:
         """Split along an axis."""
@@ -111,7 +134,7 @@ class Graph:
         graph = ir.Graph(
             self._inputs,
             [value for value, _ in outputs.values()],
-            nodes=self._tape.nodes,
+            nodes=[node for part in self._sections.values() for node in part.nodes],
             initializers=list(self._initializers.values()),
             opset_imports={"": OPSET},
             name=self.name,

@@ -33,20 +33,23 @@ from mass_export.image_input import add_image_input
 from mass_export.router_spec import Tap
 from mass_export.second_pass import BASES, CONV1, add_heads, vector_sizes
 from mass_export.spec import VisionSpec
-from mass_export.stacked_bases import RowGather, StackedBases
+from mass_export.stacked_bases import RowGather, StackedBases, are_tasks
 from mass_export.vit_graph import Layers, bias_name, cut_patches, encode_rest, tokens
 from mass_export.weights_file import WeightsFile
 from runtime.bundle import OneTaskSpec, PreprocessSpec, StoredArray, VectorTables
 
 ONE_TASK = "one_task"
 PATCHES, TASKS = "patches", "tasks"
-LEFT, RIGHT, SCALE = "left.", "right.", "scale."
+LEFT, RIGHT, SCALES = "left.", "right.", "scales"
 
 Outputs = dict[str, tuple[ir.Value, Sequence[int | str]]]
 
 
 class OneTaskLayers(Layers):
-    """Layers with the base's weights and the low-rank branches of one task for each set of m images, B = S*m."""
+    """Layers with the base's weights and the low-rank branches of one task for each set of m images, B = S*m.
+
+    They hold all tokens of a set in one: [S, m*rows, D], so that nothing but attention needs another shape.
+    """
 
     def __init__(
         self,
@@ -60,58 +63,64 @@ class OneTaskLayers(Layers):
         super().__init__(graph, spec, base, "base.")
         self._bases = bases
         self._inputs: dict[str, ir.Value] = {}
-        self._shapes: dict[int, ir.Value] = {}
         self._tasks = graph.input(TASKS, ir.DataType.INT64, ["S"])
         self._sets = graph.op("Shape", self._tasks)
         self._tables: dict[int, ir.Value] = {}
         self._rows = RowGather(graph, bases, self._tasks, self._table, axes=1)
         self._vectors: dict[str, ir.Value] = {}
+        self._scales = self._all_scales()
+        self._held = graph.op("Concat", self._sets, graph.integers(-1, spec.width), axis=0)
         if own_vectors:
             sizes = vector_sizes(spec)
             rows = self._gathered("vectors", "T", sum(sizes.values()))
             rows = graph.op("Unsqueeze", rows, graph.integers(1))
             self._vectors = dict(zip(sizes, graph.split(rows, list(sizes.values()), axis=2), strict=True))
 
-    def linear(self, name: str, x: ir.Value, rows: int, columns: slice | None = None) -> ir.Value:
+    def held_shape(self, rows: int) -> ir.Value:
+        """[S, m*rows, D]."""
+        del rows
+        return self._held
+
+    def held(self, x: ir.Value) -> ir.Value:
+        """[B, rows, D] -> [S, m*rows, D]."""
+        return self.graph.op("Reshape", x, self._held)
+
+    def by_image(self, x: ir.Value, rows: int) -> ir.Value:
+        """[S, m*rows, D] -> [B, rows, D]."""
+        return self.graph.op("Reshape", x, self.graph.integers(-1, rows, self.spec.width))
+
+    def linear(self, name: str, x: ir.Value, columns: slice | None = None) -> ir.Value:
         """`x W0^T + ((x VH^T) * s) U^T + b`."""
-        graph, width = self.graph, self._params[name].shape
+        graph = self.graph
         left, right, scale = self._factors(name)
         weight, bias = self.transposed(name), self.parameter(bias_name(name))
-        start, stop = 0, int(width[0])
         if columns is not None:
-            start, stop = columns.start, columns.stop
             weight, left = self.take(weight, columns, axis=1), self.take(left, columns, axis=2)
             bias = self.take(bias, columns, axis=-1)
-        y = self._by_set(graph.op("MatMul", x, weight), stop - start)
-        h = graph.op("MatMul", self._by_set(x, int(width[1])), self._transposed(right))
+        y = graph.op("MatMul", x, weight)
+        h = graph.op("MatMul", x, self._transposed(right))
         h = graph.op("Mul", h, scale)
         if self._vectors:  # the bias as one more direction: one sum less over every output
             left = graph.op("Concat", left, bias, axis=1)
             h = graph.op("Pad", h, graph.integers(0, 0, 0, 0, 0, 1), graph.scalar(1.0))
         y = graph.op("Add", y, graph.op("MatMul", h, left))
-        y = y if self._vectors else graph.op("Add", y, bias)
-        return graph.op("Reshape", y, graph.integers(-1, rows, stop - start))
+        return y if self._vectors else graph.op("Add", y, bias)
 
     def patch_projection(self, patches: ir.Value) -> ir.Value:
         """`x W0^T + ((x VH^T) * s) U^T` for all sets at once: [B, N-1, 3*P*P] -> [B, N-1, D]."""
         graph, D = self.graph, self.spec.width
         left, right, scale = self._factors(CONV1)
-        x = self._by_set(patches, int(self._bases.matrices[CONV1].vh.shape[2]))
+        side = int(self._bases.matrices[CONV1].vh.shape[2])
+        by_set = graph.op("Concat", self._sets, graph.integers(-1, side), axis=0)
+        x = graph.op("Reshape", patches, by_set)
         h = graph.op("Mul", graph.op("MatMul", x, self._transposed(right)), scale)
         delta = graph.op("MatMul", h, left)
-        y = graph.op("Add", self._by_set(super().patch_projection(patches), D), delta)
+        y = graph.op("Add", self.held(super().patch_projection(patches)), delta)
         return graph.op("Reshape", y, graph.integers(-1, self.spec.tokens - 1, D))
 
     def parameter(self, name: str) -> ir.Value:
         """The base's, or of the vector parameters each set's own. [S, 1, P]"""
         return self._vectors[name] if name in self._vectors else super().parameter(name)
-
-    def layer_norm(self, name: str, x: ir.Value) -> ir.Value:
-        """With each set's scale and bias."""
-        if not self._vectors:
-            return super().layer_norm(name, x)
-        y = super().layer_norm(name, self._by_set(x, self.spec.width))
-        return self.graph.op("Reshape", y, self.graph.op("Shape", x))
 
     def positions(self) -> ir.Value:
         """Positions of each set's task, its class embedding in row 0. [S, N, D]"""
@@ -127,42 +136,54 @@ class OneTaskLayers(Layers):
         return graph.op("Add", graph.op("Add", table, super().parameter(name)), cls)
 
     def with_positions(self, x: ir.Value) -> ir.Value:
-        """[B, N, D] -> [B, N, D]."""
+        """[B, N, D] -> [S, m*N, D]."""
         graph, (N, D) = self.graph, (self.spec.tokens, self.spec.width)
         shape = graph.op("Concat", self._sets, graph.integers(-1, N, D), axis=0)
         table = graph.op("Unsqueeze", self.positions(), graph.integers(1))  # [S, 1, N, D]
-        return graph.op(
-            "Reshape", graph.op("Add", graph.op("Reshape", x, shape), table), graph.integers(-1, N, D)
-        )
+        return self.held(graph.op("Add", graph.op("Reshape", x, shape), table))
 
     def projection(self, pooled: ir.Value) -> ir.Value:
         """`x proj + ((x U) * s) VH`: proj is applied from the right, so its factors swap sides."""
-        graph, name, E = self.graph, "proj", self.spec.embed_dim
-        left, right, scale = self._factors(name)
-        h = graph.op("MatMul", self._by_set(pooled, self.spec.width), self._transposed(left))
+        graph = self.graph
+        left, right, scale = self._factors("proj")
+        h = graph.op("MatMul", pooled, self._transposed(left))
         delta = graph.op("MatMul", graph.op("Mul", h, scale), right)
-        y = graph.op("Add", self._by_set(super().projection(pooled), E), delta)
-        return graph.op("Reshape", y, graph.integers(-1, 1, E))
+        return graph.op("Add", super().projection(pooled), delta)
 
     def _gathered(self, name: str, *shape: int | str) -> ir.Value:
         """Rows of the sets' tasks out of a graph input [T, ..], which is declared when it is first needed."""
         if name not in self._inputs:
             stack = self.graph.input(name, ir.DataType.FLOAT, shape)
-            self._inputs[name] = self.graph.op("Gather", stack, self._tasks, axis=0)
+            with self.graph.section("gathers"):
+                self._inputs[name] = self.graph.op("Gather", stack, self._tasks, axis=0)
         return self._inputs[name]
 
     def _factors(self, name: str) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """The sets' left and right bases and scales: [S, R, D_out], [S, R, D_in], [S, 1, R]
-
-        To be called before other nodes are made of the layer's input: ONNX Runtime runs older nodes later, so these
-        come just before their products, and not all layers' are held at once.
-        """
+        """The sets' left and right bases and scales: [S, R, D_out], [S, R, D_in], [S, 1, R]"""
         bases = self._bases.matrices[name]
         return (
             self._side(f"{LEFT}{name}", name, bases.u_t),
             self._side(f"{RIGHT}{name}", name, bases.vh),
-            self._gathered(f"{SCALE}{name}", "T", 1, f"R.{name}"),
+            self._scales[name],
         )
+
+    def _all_scales(self) -> dict[str, ir.Value]:
+        """The sets' scales: one gather, one split. [S, 1, R] each"""
+        graph = self.graph
+        ranks = [matrix.s.shape[1] for matrix in self._bases.matrices.values()]
+        rows = graph.op(
+            "Gather", graph.input(SCALES, ir.DataType.FLOAT, ["T", 1, sum(ranks)]), self._tasks, axis=0
+        )
+        some = are_tasks(graph, self._tasks)
+        end, axis = graph.op("Mul", some, graph.integers(sum(ranks))), graph.integers(2)
+        rows = graph.op("Slice", rows, graph.integers(0), end, axis)
+        scales = {name: ir.val(f"scale.{name}") for name in self._bases.matrices}
+        graph.split_into(rows, graph.op("Mul", graph.integers(*ranks), some), list(scales.values()), axis=2)
+        return scales
+
+    def finish(self) -> None:
+        """Add what is known only when all other nodes are there."""
+        self._rows.finish()
 
     def _side(self, input_name: str, name: str, stored: StoredArray) -> ir.Value:
         place = self._bases.place(stored)
@@ -180,12 +201,6 @@ class OneTaskLayers(Layers):
 
     def _transposed(self, value: ir.Value) -> ir.Value:
         return self.graph.op("Transpose", value, perm=[0, 2, 1])
-
-    def _by_set(self, x: ir.Value, width: int) -> ir.Value:
-        """[B, rows, width] -> [S, m*rows, width]."""
-        if width not in self._shapes:
-            self._shapes[width] = self.graph.op("Concat", self._sets, self.graph.integers(-1, width), axis=0)
-        return self.graph.op("Reshape", x, self._shapes[width])
 
 
 @dataclass(frozen=True)
@@ -228,12 +243,16 @@ class _Writer:
         features, stream = add_blocks(layers, self.artifact, self.start(layers, index, start), start, stop)
         outputs: Outputs = {stream_name(stop): (stream, ["B", self.rows(stop), vision.width])}
         outputs |= {feature_name(tap): (z, ["B", vision.width]) for tap, z in features.items()}
+        layers.finish()
         return self.save(graph, outputs), list(features)
 
     def start(self, layers: OneTaskLayers, index: int, block: int) -> ir.Value:
-        """What a segment begins with: the stream before a block, which the first segment makes of the patches."""
+        """What a segment begins with: the stream before a block, which the first segment makes of the patches.
+
+        As layers hold it.
+        """
         if index:
-            return self.stream(layers.graph, block)
+            return layers.held(self.stream(layers.graph, block))
         vision = self.artifact.info.vision
         shape: list[int | str] = ["B", vision.tokens - 1, vision.width]
         return tokens(layers, layers.graph.input(PATCHES, ir.DataType.FLOAT, shape))
@@ -245,6 +264,7 @@ class _Writer:
         if self.tables is not None and self.tables.conv1_bases is not None:
             layers = OneTaskLayers(graph, vision, self.artifact.base, self.bases, own_vectors=False)
             projected = layers.patch_projection(cut_patches(graph, vision, images))
+            layers.finish()
             return self.save(graph, {PATCHES: (projected, ["B", vision.tokens - 1, vision.width])})
         side = 3 * vision.patch_size[0] * vision.patch_size[1]
         if self.tables is None:
@@ -280,8 +300,10 @@ class _Writer:
         """The stream or the patches -> logits."""
         graph = Graph(f"{ONE_TASK}_{index}", self.weights)
         layers = self.layers(graph)
-        feature = encode_rest(layers, start, self.start(layers, index, start))
-        return self.save(graph, self.logits(add_heads(graph, feature, self.artifact.heads)))
+        feature = encode_rest(layers, start, self.start(layers, index, start), self.rows(start))
+        logits = add_heads(graph, feature, self.artifact.heads)
+        layers.finish()
+        return self.save(graph, self.logits(logits))
 
     def stream(self, graph: Graph, block: int) -> ir.Value:
         shape: list[int | str] = ["B", self.rows(block), self.artifact.info.vision.width]

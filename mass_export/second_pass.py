@@ -132,8 +132,6 @@ class AdaptiveLayers(Layers):
                     continue
                 side = f"K*{stored.vh.shape[1]}"
                 self._cores[name] = graph.input(stored.core, ir.DataType.FLOAT, ["S", side, side])
-        # Before all that reads them: ONNX Runtime runs what is older later, so each slice just before its product, and
-        # does not hold all of them at once.
         tables_of = [graph.stored_weight(f"{BASES}{i}", table) for i, table in enumerate(bases.tables)]
         rows = RowGather(graph, bases, self._slots, tables_of.__getitem__, axes=2)
         self._slices = {
@@ -141,12 +139,12 @@ class AdaptiveLayers(Layers):
             for name, stored in self._bases.items()
             for side in SIDES
         }
+        rows.finish()
         self._tables = tables
         self._values = self._gather_vectors() if tables is not None else {}
 
-    def linear(self, name: str, x: ir.Value, rows: int, columns: slice | None = None) -> ir.Value:
+    def linear(self, name: str, x: ir.Value, columns: slice | None = None) -> ir.Value:
         """`x W0^T + ((x VH^T) M^T) U^T + b`, where M acts from the left in `U M VH`."""
-        del rows
         graph = self.graph
         weight = self.transposed(name)
         y = graph.op("MatMul", x, weight if columns is None else self.take(weight, columns, axis=1))
@@ -217,10 +215,10 @@ class AdaptiveLayers(Layers):
         if (place := bases.place(stored)) is not None:
             return rows.gather(stored, place)
         graph = self.graph
-        slices = graph.op(
-            "Gather", graph.stored_weight(initializer, stored), self._slots, axis=0
-        )  # [S, K, R, D]
-        return graph.op("Reshape", slices, graph.integers(0, -1, stored.shape[2]))
+        with graph.section("gathers"):
+            stack = graph.stored_weight(initializer, stored)
+            slices = graph.op("Gather", stack, self._slots, axis=0)  # [S, K, R, D]
+            return graph.op("Reshape", slices, graph.integers(0, -1, stored.shape[2]))
 
     def _apply_core(self, name: str, h: ir.Value) -> ir.Value:
         """`h M`: [.., K*R] -> [.., K*R]."""

@@ -185,7 +185,10 @@ def _shares(stacks: Mapping[str, _Stack], width: int) -> Iterator[list[tuple[str
 
 
 class RowGather:
-    """Gathers sides out of tables in a graph, for the sets that it was made with."""
+    """Gathers sides out of tables in a graph, for the sets that it was made with.
+
+    Which rows that takes is found in a few nodes, for all sides at once: `finish` adds them.
+    """
 
     def __init__(
         self, graph: Graph, bases: StackedBases, tasks: ir.Value, table: Callable[[int], ir.Value], axes: int
@@ -195,7 +198,7 @@ class RowGather:
         Args:
             graph: of the nodes.
             bases: what lies where.
-            tasks: indices: [S] or [S, K]; where a first index of -1 stands for none at all, sides have no rows.
+            tasks: indices. [S], where a single -1 stands for none at all and sides have no rows, or [S, K]
             table: gives the value of a table [T*n, W] in the graph.
             axes: of `tasks`.
         """
@@ -204,37 +207,42 @@ class RowGather:
         self._tasks = tasks
         self._table = table
         self._axes = axes
-        self._numbers: dict[tuple[int, int], ir.Value] = {}
-        self._any: ir.Value | None = None
+        self._wanted: dict[int, list[tuple[Place, ir.Value]]] = {}
+        self._shares: dict[int, int] = {}
 
     def gather(self, side: StoredArray, place: Place) -> ir.Value:
         """Rows of the sets' tasks: [S, R, D], or of sets of several tasks [S, K*R, D]."""
         graph, table = self._graph, self._bases.tables[place.table]
-        numbers = self._first_rows(table.shape[0] // side.shape[0], place.rows)
-        numbers = graph.op("Add", numbers, graph.integers(place.first))
-        rows = graph.op("Gather", self._table(place.table), numbers, axis=0)  # [.., rows, W]
-        if self._axes == 1 and side.shape[2] == table.shape[1]:
-            return rows
-        return graph.op("Reshape", rows, graph.integers(0, -1, side.shape[2]))
+        numbers = ir.val(f"rows.{place.table}.{place.first}")
+        self._wanted.setdefault(place.table, []).append((place, numbers))
+        self._shares[place.table] = table.shape[0] // side.shape[0]
+        with graph.section("gathers"):
+            rows = graph.op("Gather", self._table(place.table), numbers, axis=0)  # [.., rows, W]
+            if self._axes == 1 and side.shape[2] == table.shape[1]:
+                return rows
+            return graph.op("Reshape", rows, graph.integers(0, -1, side.shape[2]))
 
-    def _first_rows(self, share: int, rows: int) -> ir.Value:
-        """`task * share + 0, 1, .. rows - 1`: [S, rows] or [S, K, rows], shared by all sides of as many rows."""
+    def finish(self) -> None:
+        """Number the rows of all sides that were gathered: `task * n + first, ..`. [S, rows] or [S, K, rows] each"""
         graph = self._graph
-        if (share, rows) not in self._numbers:
-            starts = graph.op("Mul", self._tasks, graph.integers(share))
-            starts = graph.op("Unsqueeze", starts, graph.integers(self._axes))
-            count = graph.integers(*range(rows))
-            if self._axes == 1:
-                end = graph.op("Mul", self._are_tasks(), graph.integers(rows))
-                count = graph.op("Slice", count, graph.integers(0), end, graph.integers(0))
-            self._numbers[share, rows] = graph.op("Add", starts, count)
-        return self._numbers[share, rows]
+        for index, wanted in self._wanted.items():
+            places, numbers = zip(*wanted, strict=True)
+            within = np.concatenate([np.arange(place.first, place.first + place.rows) for place in places])
+            offsets = graph.constant(within, name=f"rows.{index}")
+            sizes = graph.integers(*(place.rows for place in places))
+            with graph.section("indices"):
+                if self._axes == 1:
+                    some = are_tasks(graph, self._tasks)
+                    zero = graph.integers(0)
+                    end = graph.op("Mul", some, graph.integers(len(within)))
+                    offsets, sizes = graph.op("Slice", offsets, zero, end, zero), graph.op("Mul", sizes, some)
+                starts = graph.op("Mul", self._tasks, graph.integers(self._shares[index]))
+                starts = graph.op("Unsqueeze", starts, graph.integers(self._axes))
+                graph.split_into(graph.op("Add", starts, offsets), sizes, numbers, axis=self._axes)
 
-    def _are_tasks(self) -> ir.Value:
-        """1, or 0 if the first index is -1. [1]"""
-        graph = self._graph
-        if self._any is None:
-            zero = graph.integers(0)
-            first = graph.op("Slice", self._tasks, zero, graph.integers(1), zero)
-            self._any = graph.op("Cast", graph.op("GreaterOrEqual", first, zero), to=int(ir.DataType.INT64))
-        return self._any
+
+def are_tasks(graph: Graph, tasks: ir.Value) -> ir.Value:
+    """1, or 0 if the first index is -1: [S] -> [1]"""
+    zero = graph.integers(0)
+    first = graph.op("Slice", tasks, zero, graph.integers(1), zero)
+    return graph.op("Cast", graph.op("GreaterOrEqual", first, zero), to=int(ir.DataType.INT64))

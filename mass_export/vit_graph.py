@@ -19,6 +19,8 @@ from mass_export.spec import VisionSpec
 class Layers:
     """Parametric layers of a tower with the given dense parameters.
 
+    What they take and give is [B, rows, D], unless a subclass holds it otherwise and says how.
+
     Attributes:
         graph: where the nodes go.
         spec: the tower.
@@ -30,16 +32,27 @@ class Layers:
         self._params = params
         self._prefix = prefix
 
-    def linear(self, name: str, x: ir.Value, rows: int, columns: slice | None = None) -> ir.Value:
+    def held_shape(self, rows: int) -> ir.Value:
+        """As layers hold `rows` tokens of each image, of width D."""
+        return self.graph.integers(-1, rows, self.spec.width)
+
+    def held(self, x: ir.Value) -> ir.Value:
+        """[B, rows, D] -> as layers hold it."""
+        return x
+
+    def by_image(self, x: ir.Value, rows: int) -> ir.Value:
+        """As layers hold it -> [B, rows, D]."""
+        del rows
+        return x
+
+    def linear(self, name: str, x: ir.Value, columns: slice | None = None) -> ir.Value:
         """`x W^T + b`, or only some output columns of it: [B, rows, D_in] -> [B, rows, D_out].
 
         Args:
             name: the weight's name; its bias is `<layer>.bias`, or in_proj_bias for in_proj_weight.
             x: input.
-            rows: tokens of an image in `x`, for layers that compute in two dimensions.
             columns: contiguous range of outputs.
         """
-        del rows
         graph = self.graph
         weight, bias = self.transposed(name), self.parameter(bias_name(name))
         if columns is not None:
@@ -62,7 +75,7 @@ class Layers:
         return self.graph.weight(f"{self._prefix}positions", table.numpy())
 
     def with_positions(self, x: ir.Value) -> ir.Value:
-        """[B, N, D] -> [B, N, D]."""
+        """Patches behind a row for CLS [B, N, D] -> tokens."""
         return self.graph.op("Add", x, self.positions())
 
     def projection(self, pooled: ir.Value) -> ir.Value:
@@ -120,13 +133,13 @@ def tokens(layers: Layers, patches: ir.Value) -> ir.Value:
 
 def block(layers: Layers, index: int, x: ir.Value) -> ir.Value:
     """One residual block over all tokens: [B, N, D] -> [B, N, D]."""
-    return mlp_residual(layers, index, attention_residual(layers, index, x), layers.spec.tokens)
+    return mlp_residual(layers, index, attention_residual(layers, index, x))
 
 
 def attention_residual(layers: Layers, index: int, x: ir.Value) -> ir.Value:
     """Residual stream after the block's attention: [B, N, D] -> [B, N, D]."""
     h = layers.layer_norm(f"transformer.resblocks.{index}.ln_1", x)
-    qkv = layers.linear(f"transformer.resblocks.{index}.attn.in_proj_weight", h, layers.spec.tokens)
+    qkv = layers.linear(f"transformer.resblocks.{index}.attn.in_proj_weight", h)
     q, k, v = _split_heads(layers, qkv, layers.spec.tokens, parts=3)
     return layers.graph.op("Add", x, _attend(layers, index, q, k, v, queries=layers.spec.tokens))
 
@@ -136,18 +149,18 @@ def cls_attention_residual(layers: Layers, index: int, x: ir.Value) -> ir.Value:
     D = layers.spec.width
     name = f"transformer.resblocks.{index}.attn.in_proj_weight"
     h = layers.layer_norm(f"transformer.resblocks.{index}.ln_1", x)
-    (q,) = _split_heads(layers, layers.linear(name, cls_row(layers, h), 1, slice(0, D)), 1, parts=1)
-    keys_and_values = layers.linear(name, h, layers.spec.tokens, slice(D, 3 * D))
+    (q,) = _split_heads(layers, layers.linear(name, cls_row(layers, h), slice(0, D)), 1, parts=1)
+    keys_and_values = layers.linear(name, h, slice(D, 3 * D))
     k, v = _split_heads(layers, keys_and_values, layers.spec.tokens, parts=2)
     return layers.graph.op("Add", cls_row(layers, x), _attend(layers, index, q, k, v, queries=1))
 
 
-def mlp_residual(layers: Layers, index: int, x: ir.Value, rows: int) -> ir.Value:
+def mlp_residual(layers: Layers, index: int, x: ir.Value) -> ir.Value:
     """Residual stream after the block's MLP: [B, rows, D] -> [B, rows, D]."""
     name = f"transformer.resblocks.{index}."
     h = layers.layer_norm(f"{name}ln_2", x)
-    h = _activate(layers, layers.linear(f"{name}mlp.c_fc.weight", h, rows))
-    return layers.graph.op("Add", x, layers.linear(f"{name}mlp.c_proj.weight", h, rows))
+    h = _activate(layers, layers.linear(f"{name}mlp.c_fc.weight", h))
+    return layers.graph.op("Add", x, layers.linear(f"{name}mlp.c_proj.weight", h))
 
 
 def encode(layers: Layers, pixel_values: ir.Value) -> ir.Value:
@@ -155,15 +168,15 @@ def encode(layers: Layers, pixel_values: ir.Value) -> ir.Value:
     return encode_rest(layers, 0, embed(layers, pixel_values))
 
 
-def encode_rest(layers: Layers, start: int, x: ir.Value) -> ir.Value:
-    """`encode` from block `start` on; with no block left x may be of the CLS token alone: [B, N or 1, D] -> [B, E]."""
+def encode_rest(layers: Layers, start: int, x: ir.Value, rows: int | None = None) -> ir.Value:
+    """`encode` from block `start` on; with no block left x may be of the CLS token alone: [B, rows, D] -> [B, E]."""
     last = layers.spec.layers - 1
     if start > last:
-        return pool(layers, cls_row(layers, x))
+        return pool(layers, cls_row(layers, x, rows))
     for index in range(start, last):
         x = block(layers, index, x)
     x = cls_attention_residual(layers, last, x)
-    return pool(layers, mlp_residual(layers, last, x, 1))
+    return pool(layers, mlp_residual(layers, last, x))
 
 
 def pool(layers: Layers, cls: ir.Value) -> ir.Value:
@@ -175,9 +188,12 @@ def pool(layers: Layers, cls: ir.Value) -> ir.Value:
     return graph.op("Div", feature, graph.op("Max", length, graph.scalar(1e-12)))
 
 
-def cls_row(layers: Layers, x: ir.Value) -> ir.Value:
-    """[B, N, D] -> [B, 1, D]."""
-    return layers.take(x, slice(0, 1), axis=1)
+def cls_row(layers: Layers, x: ir.Value, rows: int | None = None) -> ir.Value:
+    """[B, rows, D], by default all tokens -> [B, 1, D]."""
+    if rows == 1:
+        return x
+    of_images = layers.by_image(x, layers.spec.tokens if rows is None else rows)
+    return layers.held(layers.take(of_images, slice(0, 1), axis=1))
 
 
 def _activate(layers: Layers, h: ir.Value) -> ir.Value:
@@ -203,5 +219,5 @@ def _attend(layers: Layers, index: int, q: ir.Value, k: ir.Value, v: ir.Value, q
     q = graph.op("Mul", q, graph.scalar(float(scale)))
     scores = graph.op("Softmax", graph.op("MatMul", q, graph.op("Transpose", k, perm=[0, 1, 3, 2])), axis=-1)
     mixed = graph.op("Transpose", graph.op("MatMul", scores, v), perm=[0, 2, 1, 3])
-    mixed = graph.op("Reshape", mixed, graph.integers(-1, queries, spec.width))
-    return layers.linear(f"transformer.resblocks.{index}.attn.out_proj.weight", mixed, queries)
+    mixed = graph.op("Reshape", mixed, layers.held_shape(queries))
+    return layers.linear(f"transformer.resblocks.{index}.attn.out_proj.weight", mixed)

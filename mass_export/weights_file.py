@@ -34,8 +34,7 @@ class WeightsFile:
         """Store an array (little-endian, C order) and return where it lies."""
         array = np.ascontiguousarray(array)
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        view = memoryview(array.data).cast("B")
-        key = (hashlib.sha256(view).hexdigest(), array.dtype.name, array.shape)
+        key = (hashlib.sha256(_bytes_of(array)).hexdigest(), array.dtype.name, array.shape)
         if key not in self._stored:
             self._stored[key] = self.add_parts([array], array.dtype, array.shape)
         return self._stored[key]
@@ -55,8 +54,7 @@ class WeightsFile:
         self._file.write(b"\0" * (-self._file.tell() % alignment))
         stored = dataclasses.replace(stored, offset=self._file.tell())
         for part in parts:
-            values = np.ascontiguousarray(part, dtype.newbyteorder("<"))
-            self._file.write(memoryview(values.data).cast("B"))
+            self._file.write(_bytes_of(np.ascontiguousarray(part, dtype.newbyteorder("<"))))
         assert self._file.tell() == stored.end, f"{self.path}: parts of another size than {shape}"
         return stored
 
@@ -67,3 +65,7 @@ class WeightsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data

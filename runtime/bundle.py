@@ -17,7 +17,7 @@ import numpy as np
 from runtime.engine_spec import EngineSpec, Precision
 
 FORMAT = "mass-bundle"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 FIRST_PASS = "first_pass"
 SECOND_PASS = "second_pass"
@@ -149,10 +149,10 @@ class OneTaskSpec:
         tasks: of each set, or a single -1 for the base, where bases have no rows. [S] int64
         bases.<i>: of `bases`. [T*n, D]
         right.<name>, left.<name>: vh and u_t of `matrices` that do not lie there. [T, R, D_in], [T, R, D_out]
-        scale.<name>: s of `matrices`. [T, 1, R]
+        scales: s of all of these, matrices (and `conv1_bases`) in order. [T, 1, sum R]
         vectors: of `tables`; absent with the base's parameters for all tasks. [T, P]
         conv1: one task's row of `tables`; with `conv1_bases` its bases instead, as of `matrices`. [3*P*P, D]
-    In an int8 bundle bases, left, right and conv1 are int8; scale carries their rows' scales; conv1_scale [D] comes in,
+    In an int8 bundle bases, left, right and conv1 are int8; scales carry their rows' scales; conv1_scale [D] comes in,
     too.
 
     Attributes:

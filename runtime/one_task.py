@@ -43,17 +43,16 @@ class OneTaskPass:
         files = MappedFiles(directory)
         with ThreadPoolExecutor(len(spec.files)) as pool:
             parts = {file: pool.submit(load, file) for file in spec.files}
-            self._stacks = _stacked_bases(files, manifest)
+            self._stacks = _own_stacks(files, manifest)
         self._patches, self._images = parts[spec.patches].result(), manifest.preprocess.input_name
         self._segments = [parts[file].result() for file in spec.segments]
         self._routers = [parts[file].result() for file in spec.routers]
         self._stop_margin = spec.stop_margin
         tables = {f"bases.{index}": files.array(table) for index, table in enumerate(spec.bases)}
-        self._base: Feeds = tables | {
-            name: array[:1, :, :0] if name.startswith("scale.") else array[:1, :0]
-            for name, array in self._stacks.items()
-        }
-        self._stacks |= tables
+        self._base: Feeds = {name: array[:1, :0] for name, array in self._stacks.items()}
+        shared = tables | {"scales": _scales(files, manifest)}
+        self._stacks |= shared
+        self._base |= shared
         self._conv1: list[Feeds] = []
         if spec.tables is not None:
             vectors = files.array(spec.tables.vectors)
@@ -150,18 +149,23 @@ class _Part:
         )
 
 
-def _stacked_bases(files: MappedFiles, manifest: Manifest) -> Feeds:
-    """Low-rank parameters of all tasks by input. [T, R, D] and [T, 1, R]"""
-    arrays: Feeds = {}
+def _own_stacks(files: MappedFiles, manifest: Manifest) -> Feeds:
+    """Bases of all tasks by input, those that lie in no table. [T, R, D]"""
+    sides = {f"left.{matrix.name}": matrix.u_t for matrix in all_matrices(manifest)}
+    sides |= {f"right.{matrix.name}": matrix.vh for matrix in all_matrices(manifest)}
+    return {name: files.array(side) for name, side in sides.items() if side.stride is None}
+
+
+def _scales(files: MappedFiles, manifest: Manifest) -> NDArray[np.float32]:
+    """What each direction of each matrix is multiplied with, matrices in order. [T, 1, sum R]"""
+    scales = []
     for matrix in all_matrices(manifest):
-        arrays[f"left.{matrix.name}"] = files.array(matrix.u_t)
-        arrays[f"right.{matrix.name}"] = files.array(matrix.vh)
         scale = files.array(matrix.s)
         for rows in (matrix.u_scale, matrix.vh_scale):
             if rows is not None:  # int8: the graph multiplies bare steps
                 scale = scale * files.array(rows)
-        arrays[f"scale.{matrix.name}"] = scale[:, None]
-    return arrays
+        scales.append(scale)
+    return np.concatenate(scales, axis=1)[:, None]
 
 
 def _convolutions(files: MappedFiles, tables: VectorTables) -> list[Feeds]:

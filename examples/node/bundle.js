@@ -6,7 +6,7 @@ import path from "node:path";
 import { BundleError } from "./errors.js";
 
 const FORMAT = "mass-bundle";
-const SCHEMA_VERSION = 2;
+const SCHEMA_VERSION = 3;
 const MAX_MANIFEST_BYTES = 64 << 20;
 const ITEM_BYTES = { int8: 1, float16: 2, float32: 4, float64: 8 };
 

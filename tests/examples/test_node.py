@@ -280,8 +280,8 @@ def test_node_refuses_a_changed_file_and_another_schema_version(bundles, tmp_pat
     assert "weights.bin was changed" in message
     assert "second_pass.onnx is missing" in message
     manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 3}))
-    assert "schema version 3, this program reads 2" in refusal(copy, "image.png")
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 4}))
+    assert "schema version 4, this program reads 3" in refusal(copy, "image.png")
     takes_bytes = manifest | {"preprocess": manifest["preprocess"] | {"dtype": "uint8"}}
     (copy / "manifest.json").write_text(json.dumps(takes_bytes))
     assert "export it with --input float32" in refusal(copy, "image.png")

@@ -1,5 +1,7 @@
 """Bases lie task by task in the weights file, whatever their ranks, widths and number of tables."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -73,7 +75,7 @@ def test_what_belongs_to_a_task_is_one_stretch_of_the_file(pico_bundle):
                 ends.append((side.offset - table.offset, side.nbytes // len(manifest.tasks)))
     ends.sort()
     assert ends[0][0] == 0
-    assert all(start + size == following for (start, size), (following, _) in zip(ends, ends[1:], strict=False))
+    assert all(start + size == following for (start, size), (following, _) in pairwise(ends))
     assert sum(size for _, size in ends) == share
 
 

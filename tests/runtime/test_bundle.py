@@ -50,7 +50,7 @@ def test_sum_weights_may_be_absent(edit_manifest):
     ("change", "match"),
     [
         (set_key("format", value="zip"), "not a mass-bundle manifest"),
-        (set_key("schema_version", value=3), "schema version 3, this runtime reads 2; install a newer"),
+        (set_key("schema_version", value=4), "schema version 4, this runtime reads 3; install a newer"),
         (set_key("schema_version", value=0), "schema version 0.*export the bundle again"),
         (set_key("schema_version", value="1"), "schema version '1'"),
         (drop_key("router"), r"missing keys \['router'\]"),
