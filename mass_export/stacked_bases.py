@@ -111,19 +111,11 @@ def store_bases(
     sides: dict[tuple[str, Side], StoredArray] = {}
     tables = []
     for held in _shares(stacks, width):
-        tasks = len(next(iter(factors.values())))
-        rows = sum(stacks[name].rows(side, width) for name, side in held)
-        parts = (
-            stacks[name].padded(side, task)
-            for task in progress.track(range(tasks), "Stacking bases")
-            for name, side in held
-        )
-        table = weights.add_parts(parts, np.dtype(np.float32), (tasks * rows, width))
+        tables.append(_store_table(weights, stacks, held, width, progress))
         first = 0
         for name, side in held:
-            sides[name, side] = _side_of(table, first, stacks[name].shape(side))
+            sides[name, side] = _side_of(tables[-1], first, stacks[name].shape(side))
             first += stacks[name].rows(side, width)
-        tables.append(table)
     for name, stack in stacks.items():
         for side in SIDES:
             if (name, side) not in sides:
@@ -135,6 +127,24 @@ def store_bases(
         for name, stack in stacks.items()
     }
     return StackedBases(matrices, tuple(tables))
+
+
+def _store_table(
+    weights: WeightsFile,
+    stacks: Mapping[str, _Stack],
+    held: Sequence[tuple[str, Side]],
+    width: int,
+    progress: Progress,
+) -> StoredArray:
+    """The given sides, task by task. [T*n, W]"""
+    tasks = next(iter(stacks.values())).tasks
+    rows = sum(stacks[name].rows(side, width) for name, side in held)
+    parts = (
+        stacks[name].padded(side, task)
+        for task in progress.track(range(tasks), "Stacking bases")
+        for name, side in held
+    )
+    return weights.add_parts(parts, np.dtype(np.float32), (tasks * rows, width))
 
 
 class _Stack:

@@ -5,7 +5,8 @@
 
 Random ViT-B/32 artifacts of constant total rank (1/T each) are made in the work directory, 24 GB, and kept. Each bundle
 takes turns with the plain pass, so that what else the machine does hits both alike; no two are open at once, for their
-tasks would push each other out of memory. Leave the machine alone meanwhile; it takes about 25 minutes on two cores.
+tasks would push each other out of memory. All are visited several times, so that a slow minute of the machine does not
+hit one of them alone. Leave it alone meanwhile; with the defaults it takes about 45 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -112,19 +113,18 @@ def calls_of(
 
 
 def measure(
-    work: Path, model: str, batches: tuple[int, ...], rounds: int, progress: Progress
+    work: Path, model: str, batches: tuple[int, ...], sweeps: int, rounds: int, progress: Progress
 ) -> list[dict[str, Any]]:
     """Milliseconds and ratios to the plain pass, by material, kind and batch."""
     bundles = {m.name: m.make(work, model) for m in progress.track(MATERIAL, "Making bundles")}
-    rows: list[dict[str, Any]] = []
-    plain_ms: dict[tuple[str, int], list[NDArray[np.float64]]] = {}
+    found: dict[tuple[str, str, int], list[NDArray[np.float64]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         first = next(iter(bundles.values()))
         plain = {
             kind: OnnxSession(write_plain_pass(first, Path(scratch), trimmed=kind == "trimmed"), "cpu")
             for kind in ("plain", "trimmed")
         }
-        for name, bundle in progress.track(list(bundles.items()), "Timing"):
+        for name, bundle in progress.track(list(bundles.items()) * sweeps, "Timing"):
             with ExitStack() as stack:
                 kinds = (True, False) if name in OWN_FIRST_PASS else (True,)
                 opened = {
@@ -145,15 +145,8 @@ def measure(
                     base = times["plain|plain"]
                     for key, ms in times.items():
                         what, kind = key.split("|")
-                        if what == "plain":
-                            plain_ms.setdefault((kind, batch), []).append(np.stack([ms, ms / base]))
-                        else:
-                            rows.append(row_of(what, kind, batch, ms, ms / base))
-    beside = [
-        row_of("plain", kind, batch, *np.concatenate(found, axis=1))
-        for (kind, batch), found in plain_ms.items()
-    ]
-    return beside + rows
+                        found.setdefault((what, kind, batch), []).append(np.stack([ms, ms / base]))
+    return [row_of(*key, *np.concatenate(parts, axis=1)) for key, parts in found.items()]
 
 
 def row_of(
@@ -233,15 +226,18 @@ def draw(results: dict[str, Any], out: Path) -> None:
 @click.option(
     "--batch", "batches", multiple=True, default=(1, 8, 32), show_default=True, type=click.IntRange(1)
 )
-@click.option("--rounds", default=9, show_default=True, type=click.IntRange(1))
+@click.option("--sweeps", default=3, show_default=True, type=click.IntRange(1), help="Visits of each bundle.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Calls at each visit.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
-def main(work: Path, out: Path, model: str, batches: tuple[int, ...], rounds: int, *, quiet: bool) -> None:
+def main(
+    work: Path, out: Path, model: str, batches: tuple[int, ...], sweeps: int, rounds: int, *, quiet: bool
+) -> None:
     """Write speed.json and speed.svg, print the rows."""
     work.mkdir(parents=True, exist_ok=True)
     progress = Progress(quiet=quiet)
     results: dict[str, Any] = {
         "machine": describe_machine(),
-        "rows": measure(work, model, batches, rounds, progress),
+        "rows": measure(work, model, batches, sweeps, rounds, progress),
     }
     settings = BenchSettings(batches=(max(batches),), rounds=3, warmup=1, longest_s=120)
     name = Material(20).name
