@@ -64,9 +64,9 @@ class StackedBases:
 def place_in(tables: Sequence[StoredArray], side: StoredArray) -> Place | None:
     """Where a side [T, R, D] lies in one of the tables, None if it is an array of its own."""
     for index, table in enumerate(tables):
-        row_bytes = table.nbytes // table.shape[0]
+        row_bytes, share = table.nbytes // table.shape[0], table.nbytes // side.shape[0]
         start = side.offset - table.offset
-        if side.stride is not None and side.file == table.file and 0 <= start < side.stride:
+        if side.stride is not None and side.file == table.file and 0 <= start < share:
             rows = math.prod(side.shape[1:]) // table.shape[1]
             return Place(index, start // row_bytes, rows)
     return None
@@ -237,7 +237,7 @@ class RowGather:
         graph = self._graph
         for index, wanted in self._wanted.items():
             places, numbers = zip(*wanted, strict=True)
-            within = np.concatenate([np.arange(place.first, place.first + place.rows) for place in places])
+            within = np.concatenate([place.first + np.arange(place.rows, dtype=np.int64) for place in places])
             offsets = graph.constant(within, name=f"rows.{index}")
             sizes = graph.integers(*(place.rows for place in places))
             with graph.section("indices"):

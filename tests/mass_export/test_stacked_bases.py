@@ -13,7 +13,7 @@ from mass_export.bundle_precision import convert_bundle
 from mass_export.low_rank import LowRank
 from mass_export.model import MassModel
 from mass_export.progress import Progress
-from mass_export.stacked_bases import place_in, store_bases
+from mass_export.stacked_bases import Place, place_in, store_bases
 from mass_export.weights_file import WeightsFile
 from runtime.bundle import all_matrices
 from runtime.classifier import Classifier
@@ -60,6 +60,16 @@ def test_sides_of_any_rank_and_width_are_read_as_they_were(tmp_path):
         if bases.place(getattr(m, side)) is None
     }
     assert apart == {("odd", "u_t"), ("none", "u_t"), ("none", "vh")}
+
+
+def test_a_large_table_behind_a_small_one_is_told_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(mass_export.stacked_bases, "MAX_ELEMENTS", 10 * WIDTH)
+    factors = {"small": [random_factors(1, 32, 32, 0)], "large": [random_factors(9, 32, 40, 1)]}
+    with WeightsFile(tmp_path / "w") as weights:
+        bases = store_bases(weights, factors, dict.fromkeys(factors, ""), WIDTH, Progress(quiet=True))
+    assert [table.shape[0] for table in bases.tables] == [2, 9]
+    places = {name: bases.place(matrix.u_t) for name, matrix in bases.matrices.items()}
+    assert places == {"small": Place(0, 0, 1), "large": Place(1, 0, 9)}
 
 
 def test_what_belongs_to_a_task_is_one_stretch_of_the_file(pico_bundle):
