@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from mass_export.graph import tensor_spec
 from mass_export.int8 import Int8Conversion, int8_rows, save_int8
-from mass_export.one_task import LEFT, RIGHT
-from mass_export.second_pass import BASES
-from mass_export.stacked_bases import SIDES, Side, moved, place_in
+from mass_export.one_task_layers import LEFT, RIGHT
+from mass_export.stacked_bases import BASES, SIDES, Side, moved, place_in
 from mass_export.weights_file import WeightsFile
 from runtime.bundle import (
     FIRST_PASS,
@@ -125,11 +124,9 @@ class _Bases:
         if place is None:
             self.steps[f"{BASES}{matrix.name}.{side}"] = steps
         else:
-            table = self._new[place.table]
-            of_tasks = table.reshape(len(steps), -1, table.shape[1])
-            of_tasks[:, place.first : place.first + place.rows] = steps.reshape(
-                len(steps), -1, table.shape[1]
-            )
+            table = self._new[place.table].reshape(len(steps), -1, self._new[place.table].shape[1])
+            rows = slice(place.first, place.first + place.rows)
+            table[:, rows] = steps.reshape(table[:, rows].shape)
         return scale
 
     def _stored(

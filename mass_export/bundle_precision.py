@@ -9,7 +9,7 @@ import numpy as np
 
 from mass_export.errors import ExportError
 from mass_export.precision import HALVES, convert_file, half_array
-from mass_export.stacked_bases import moved
+from mass_export.stacked_bases import BASES, moved
 from mass_export.weights_file import WeightsFile
 from runtime.bundle import MANIFEST_FILE, Manifest, MatrixBases, StoredArray
 from runtime.checksums import file_specs
@@ -63,7 +63,7 @@ def _half_bases(
         return weights.add(half_array(map_array(source, array), HALVES[precision], name))
 
     old = () if manifest.one_task is None else manifest.one_task.bases
-    new = [half(table, f"bases.{index}") for index, table in enumerate(old)]
+    new = [half(table, f"{BASES}{index}") for index, table in enumerate(old)]
 
     def half_side(side: StoredArray, name: str) -> StoredArray:
         return half(side, name) if side.stride is None else moved(side, old, new)

@@ -32,13 +32,12 @@ from mass_export.graph import Graph
 from mass_export.heads import Head
 from mass_export.low_rank import LowRank, factorize
 from mass_export.spec import MergeSettings, VisionSpec
-from mass_export.stacked_bases import SIDES, RowGather, StackedBases
+from mass_export.stacked_bases import BASES, SIDES, RowGather, StackedBases
 from mass_export.vit_graph import Layers, bias_name, encode
 from mass_export.weights_file import WeightsFile
 from runtime.bundle import MatrixBases, StoredArray, VectorTables
 
 CORE_PREFIX = "cores."
-BASES = "bases."
 CONV1 = "conv1.weight"
 # Relative to the delta: what float32 leaves of factors that were multiplied and taken apart again.
 LOW_RANK_TOLERANCE = 1e-5
@@ -133,9 +132,9 @@ class AdaptiveLayers(Layers):
                 side = f"K*{stored.vh.shape[1]}"
                 self._cores[name] = graph.input(stored.core, ir.DataType.FLOAT, ["S", side, side])
         tables_of = [graph.stored_weight(f"{BASES}{i}", table) for i, table in enumerate(bases.tables)]
-        rows = RowGather(graph, bases, self._slots, tables_of.__getitem__, axes=2)
+        rows = RowGather(graph, bases, self._slots, tables_of.__getitem__)
         self._slices = {
-            (name, side): self._gather_bases(rows, bases, f"{BASES}{name}.{side}", getattr(stored, side))
+            (name, side): self._gather_bases(rows, f"{BASES}{name}.{side}", getattr(stored, side))
             for name, stored in self._bases.items()
             for side in SIDES
         }
@@ -209,11 +208,9 @@ class AdaptiveLayers(Layers):
         """Gathered VH. [S, K*R, D_in]"""
         return self._slices[name, "vh"]
 
-    def _gather_bases(
-        self, rows: RowGather, bases: StackedBases, initializer: str, stored: StoredArray
-    ) -> ir.Value:
-        if (place := bases.place(stored)) is not None:
-            return rows.gather(stored, place)
+    def _gather_bases(self, rows: RowGather, initializer: str, stored: StoredArray) -> ir.Value:
+        if (gathered := rows.gather(stored)) is not None:
+            return gathered
         graph = self.graph
         with graph.section("gathers"):
             stack = graph.stored_weight(initializer, stored)

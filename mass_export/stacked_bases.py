@@ -8,7 +8,6 @@ of W; a table [T*n, W] has the n rows of the first task, then those of the secon
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,6 +26,8 @@ from runtime.bundle import MatrixBases, StoredArray
 MAX_ELEMENTS = 2**31 - 1
 Side = Literal["u_t", "vh"]
 SIDES: tuple[Side, ...] = ("u_t", "vh")
+# What the names of bases in a graph begin with: of tables, and of sides that are arrays of their own.
+BASES = "bases."
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,9 @@ class StackedBases:
 def place_in(tables: Sequence[StoredArray], side: StoredArray) -> Place | None:
     """Where a side [T, R, D] lies in one of the tables, None if it is an array of its own."""
     for index, table in enumerate(tables):
-        row_bytes, share = table.nbytes // table.shape[0], table.nbytes // side.shape[0]
-        start = side.offset - table.offset
+        start, share = side.offset - table.offset, table.nbytes // side.shape[0]
         if side.stride is not None and side.file == table.file and 0 <= start < share:
-            rows = math.prod(side.shape[1:]) // table.shape[1]
-            return Place(index, start // row_bytes, rows)
+            return Place(index, start // table.entry_nbytes, side.entry_nbytes // table.entry_nbytes)
     return None
 
 
@@ -87,8 +86,8 @@ def moved(side: StoredArray, old: Sequence[StoredArray], new: Sequence[StoredArr
 
 
 def _side_of(table: StoredArray, first: int, shape: tuple[int, ...]) -> StoredArray:
-    row_bytes, share = table.nbytes // table.shape[0], table.nbytes // shape[0]
-    return StoredArray(table.file, table.offset + first * row_bytes, table.dtype, shape, share)
+    offset = table.offset + first * table.entry_nbytes
+    return StoredArray(table.file, offset, table.dtype, shape, table.nbytes // shape[0])
 
 
 def store_bases(
@@ -201,54 +200,56 @@ class RowGather:
     """
 
     def __init__(
-        self, graph: Graph, bases: StackedBases, tasks: ir.Value, table: Callable[[int], ir.Value], axes: int
+        self,
+        graph: Graph,
+        bases: StackedBases,
+        tasks: ir.Value,
+        table: Callable[[int], ir.Value],
+        some: ir.Value | None = None,
     ) -> None:
         """Prepare.
 
         Args:
             graph: of the nodes.
             bases: what lies where.
-            tasks: indices. [S], where a single -1 stands for none at all and sides have no rows, or [S, K]
+            tasks: indices. [S, K], or with `some` [S]
             table: gives the value of a table [T*n, W] in the graph.
-            axes: of `tasks`.
+            some: 1, or 0 if these are no tasks, so that sides have no rows, see `are_tasks`. [1]
         """
         self._graph = graph
         self._bases = bases
         self._tasks = tasks
         self._table = table
-        self._axes = axes
+        self._some = some
         self._wanted: dict[int, list[tuple[Place, ir.Value]]] = {}
         self._shares: dict[int, int] = {}
 
-    def gather(self, side: StoredArray, place: Place) -> ir.Value:
-        """Rows of the sets' tasks: [S, R, D], or of sets of several tasks [S, K*R, D]."""
-        graph, table = self._graph, self._bases.tables[place.table]
+    def gather(self, side: StoredArray) -> ir.Value | None:
+        """Rows of the sets' tasks, None if the side lies in no table: [S, R, D], or of [S, K] tasks [S, K*R, D]."""
+        graph, place = self._graph, self._bases.place(side)
+        if place is None:
+            return None
+        table = self._bases.tables[place.table]
         numbers = ir.val(f"rows.{place.table}.{place.first}")
         self._wanted.setdefault(place.table, []).append((place, numbers))
         self._shares[place.table] = table.shape[0] // side.shape[0]
         with graph.section("gathers"):
             rows = graph.op("Gather", self._table(place.table), numbers, axis=0)  # [.., rows, W]
-            if self._axes == 1 and side.shape[2] == table.shape[1]:
+            if self._some is not None and side.shape[2] == table.shape[1]:
                 return rows
             return graph.op("Reshape", rows, graph.integers(0, -1, side.shape[2]))
 
     def finish(self) -> None:
         """Number the rows of all sides that were gathered: `task * n + first, ..`. [S, rows] or [S, K, rows] each"""
-        graph = self._graph
+        graph, axis = self._graph, 2 if self._some is None else 1
         for index, wanted in self._wanted.items():
-            places, numbers = zip(*wanted, strict=True)
+            places, parts = zip(*wanted, strict=True)
             within = np.concatenate([place.first + np.arange(place.rows, dtype=np.int64) for place in places])
-            offsets = graph.constant(within, name=f"rows.{index}")
-            sizes = graph.integers(*(place.rows for place in places))
             with graph.section("indices"):
-                if self._axes == 1:
-                    some = are_tasks(graph, self._tasks)
-                    zero = graph.integers(0)
-                    end = graph.op("Mul", some, graph.integers(len(within)))
-                    offsets, sizes = graph.op("Slice", offsets, zero, end, zero), graph.op("Mul", sizes, some)
                 starts = graph.op("Mul", self._tasks, graph.integers(self._shares[index]))
-                starts = graph.op("Unsqueeze", starts, graph.integers(self._axes))
-                graph.split_into(graph.op("Add", starts, offsets), sizes, numbers, axis=self._axes)
+                starts = graph.op("Unsqueeze", starts, graph.integers(axis))
+                numbers = graph.op("Add", starts, graph.constant(within, name=f"rows.{index}"))
+                split_some(graph, numbers, [place.rows for place in places], parts, axis, self._some)
 
 
 def are_tasks(graph: Graph, tasks: ir.Value) -> ir.Value:
@@ -256,3 +257,20 @@ def are_tasks(graph: Graph, tasks: ir.Value) -> ir.Value:
     zero = graph.integers(0)
     first = graph.op("Slice", tasks, zero, graph.integers(1), zero)
     return graph.op("Cast", graph.op("GreaterOrEqual", first, zero), to=int(ir.DataType.INT64))
+
+
+def split_some(
+    graph: Graph,
+    value: ir.Value,
+    sizes: Sequence[int],
+    parts: Sequence[ir.Value],
+    axis: int,
+    some: ir.Value | None,
+) -> None:
+    """Split along an axis into values that are at hand; where `some` [1] is 0 they are empty."""
+    wanted = graph.integers(*sizes)
+    if some is not None:
+        end = graph.op("Mul", some, graph.integers(sum(sizes)))
+        value = graph.op("Slice", value, graph.integers(0), end, graph.integers(axis))
+        wanted = graph.op("Mul", wanted, some)
+    graph.split_into(value, wanted, parts, axis)

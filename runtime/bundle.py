@@ -89,11 +89,16 @@ class StoredArray:
         return int(np.dtype(self.dtype).itemsize) * math.prod(self.shape)
 
     @property
+    def entry_nbytes(self) -> int:
+        """Size of an entry of the first axis in bytes."""
+        return self.nbytes // max(1, self.shape[0])
+
+    @property
     def end(self) -> int:
         """The byte behind its last."""
         if self.stride is None or not self.nbytes:
             return self.offset + self.nbytes
-        return self.offset + (self.shape[0] - 1) * self.stride + self.nbytes // self.shape[0]
+        return self.offset + (self.shape[0] - 1) * self.stride + self.entry_nbytes
 
 
 @dataclass(frozen=True)

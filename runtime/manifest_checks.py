@@ -111,10 +111,9 @@ def _scales(matrix: MatrixBases) -> dict[str, StoredArray]:
 def _check_array(array: StoredArray, manifest: Manifest, here: str) -> None:
     if array.dtype not in STORED_DTYPES:
         raise BundleError(f"{here}: dtype must be one of {', '.join(STORED_DTYPES)}, got {array.dtype!r}.")
-    entry = array.nbytes // max(1, array.shape[0])
-    if array.stride is not None and array.stride < max(1, entry):
+    if array.stride is not None and array.stride < max(1, array.entry_nbytes):
         raise BundleError(
-            f"{here}: stride must be at least the {entry} bytes of an entry, got {array.stride}."
+            f"{here}: stride must be at least the {array.entry_nbytes} bytes of an entry, got {array.stride}."
         )
     size, end = manifest.files[array.file].bytes, array.end
     if array.offset < 0 or end > size:

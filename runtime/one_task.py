@@ -43,16 +43,13 @@ class OneTaskPass:
         files = MappedFiles(directory)
         with ThreadPoolExecutor(len(spec.files)) as pool:
             parts = {file: pool.submit(load, file) for file in spec.files}
-            self._stacks = _own_stacks(files, manifest)
+            own, shared = _own_stacks(files, manifest), _shared_by_both_passes(files, manifest)
         self._patches, self._images = parts[spec.patches].result(), manifest.preprocess.input_name
         self._segments = [parts[file].result() for file in spec.segments]
         self._routers = [parts[file].result() for file in spec.routers]
         self._stop_margin = spec.stop_margin
-        tables = {f"bases.{index}": files.array(table) for index, table in enumerate(spec.bases)}
-        self._base: Feeds = {name: array[:1, :0] for name, array in self._stacks.items()}
-        shared = tables | {"scales": _scales(files, manifest)}
-        self._stacks |= shared
-        self._base |= shared
+        self._stacks = own | shared
+        self._base: Feeds = {name: array[:1, :0] for name, array in own.items()} | shared
         self._conv1: list[Feeds] = []
         if spec.tables is not None:
             vectors = files.array(spec.tables.vectors)
@@ -156,8 +153,10 @@ def _own_stacks(files: MappedFiles, manifest: Manifest) -> Feeds:
     return {name: files.array(side) for name, side in sides.items() if side.stride is None}
 
 
-def _scales(files: MappedFiles, manifest: Manifest) -> NDArray[np.float32]:
-    """What each direction of each matrix is multiplied with, matrices in order. [T, 1, sum R]"""
+def _shared_by_both_passes(files: MappedFiles, manifest: Manifest) -> Feeds:
+    """Tables of bases [T*n, D], and what each direction of each matrix is multiplied with [T, 1, sum R], by input."""
+    assert manifest.one_task is not None
+    arrays = {f"bases.{index}": files.array(table) for index, table in enumerate(manifest.one_task.bases)}
     scales = []
     for matrix in all_matrices(manifest):
         scale = files.array(matrix.s)
@@ -165,7 +164,7 @@ def _scales(files: MappedFiles, manifest: Manifest) -> NDArray[np.float32]:
             if rows is not None:  # int8: the graph multiplies bare steps
                 scale = scale * files.array(rows)
         scales.append(scale)
-    return np.concatenate(scales, axis=1)[:, None]
+    return arrays | {"scales": np.concatenate(scales, axis=1)[:, None]}
 
 
 def _convolutions(files: MappedFiles, tables: VectorTables) -> list[Feeds]:
